@@ -1,0 +1,865 @@
+"""What the three scripts promise, checked offline on a CPU in about a minute: pytest
+
+Each part is checked against something independent of it: a closed form, float64, a brute-force twin, worked numbers.
+"""
+
+import csv
+import gzip
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import cram
+import finetune_glue
+import prepare_data
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+ANIMALS = ["cat", "dog", "horse", "fox", "bear", "wolf", "duck", "goose"]
+VERBS = ["sees", "hears", "likes", "follows", "feeds", "finds"]
+PLACES = ["in the garden", "near the river", "behind the old house", "under a tree", "at the market"]
+
+
+def story(rng, number):
+    """A document of a few sentences with a rule in them: the same animal is named at both ends of a sentence."""
+    sentences = []
+    for _ in range(rng.randint(3, 9)):
+        a, b = rng.sample(ANIMALS, 2)
+        sentences.append(f"The {a} {rng.choice(VERBS)} the {b} {rng.choice(PLACES)}, says the {a}.")
+    return f"Story number x{number:04}y. " + " ".join(sentences)
+
+
+@pytest.fixture(scope="session")
+def stories():
+    rng = random.Random(0)
+    return [story(rng, number) for number in range(400)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+PREPARE = ["--vocab_size", "380", "--seq_len", "32", "--workers", "1", "--val_share", "0.1", "--filter", "0.9"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, stories):
+    """A small data folder made from the stories."""
+    folder = tmp_path_factory.mktemp("data")
+    source = write_jsonl(folder / "stories.jsonl", stories)
+    prepare_data.main(["--source", str(source), "--out", str(folder / "stories"), *PREPARE])
+    return folder / "stories"
+
+
+SMALL = ["--width", "32", "--heads", "2", "--ffn_width", "64", "--layers", "2", "--dtype", "fp32", "--device", "cpu",
+         "--micro_batch", "4", "--batch_size", "8", "--lr", "5e-3", "--val_rows", "32", "--log_every", "2"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """A finished run on the stories, of 300 steps."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    cram.main(["--data", str(data), "--out", str(out), "--budget", "300steps", *SMALL])
+    return out
+
+
+def small_model(vocab_size=50, seq_len=16, **settings):
+    torch.manual_seed(0)
+    cfg = cram.make_config({"size": "tiny", "layers": 2, "width": 32, "heads": 2, "ffn_width": 64, **settings})
+    return cram.Model(cfg, vocab_size, seq_len).eval(), cfg
+
+
+def log_of(out):
+    with open(Path(out) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def message(call, *args):
+    """The sentence with which a call stops; it must be one line and an exit, not a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    text = str(stop.value)
+    assert text.startswith("error: ") and "\n" not in text, text
+    return text
+
+
+# ------------------------------------------------------------------------------------------- text to tokens
+
+
+def test_normalise_is_the_papers():
+    assert cram.normalise("  Ça   va,\tNAÏVE Ångström \n\n “été” \x00ok…") == "ca va, naive angstrom ete ok"
+    assert cram.normalise("") == "" and cram.normalise("日本") == ""
+
+
+def brute_force_bpe(words, merges):
+    """learn_bpe's rule with all pairs counted anew for each merge."""
+    tokens = [bytes([i]) for i in range(256)]
+    words = [[list(word.encode()), n] for word, n in words.items()]
+    while len(tokens) < 256 + merges:
+        count = Counter()
+        for word, n in words:
+            for pair in pairwise(word):
+                count[pair] += n
+        if not count or max(count.values()) < 2:
+            break
+        pair = min(count, key=lambda pair: (-count[pair], pair))
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        if merged not in tokens:
+            tokens.append(merged)
+        for word, _ in words:
+            for j in range(len(word) - 1):
+                if tuple(word[j : j + 2]) == pair:
+                    word[j : j + 2] = [tokens.index(merged)]
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bpe_equals_its_brute_force_twin(seed):
+    rng = random.Random(seed)
+    alphabet = "abc" if seed % 2 else "ab"  # few letters: many ties, many runs such as aaaa
+    words = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 9))) for _ in range(60))
+    assert prepare_data.learn_bpe(words, 60) == brute_force_bpe(words, 60)
+
+
+def test_bpe_by_hand():
+    # Counts: (a, b) 4, (b, a) 2, (space, a) 2. After ab: (ab, ab) 2 and (space, ab) 2, of which 32 is the smaller id.
+    tokens = prepare_data.learn_bpe({" abab": 2}, 3)
+    assert tokens[256:] == [b"ab", b" ab", b" abab"]
+
+
+def test_tokenizer_round_trip(data, stories):
+    tokenizer = cram.load_tokenizer((data / "tokenizer.tiktoken").read_text())
+    assert tokenizer.n_vocab == 380
+    for text in [*stories[:20], "it's 12345 (x+y)*z != [MASK] \\ ~ ``quoted''"]:
+        text = cram.normalise(text)
+        ids = tokenizer.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < 376  # a special never comes out of text, not even out of the letters [MASK]
+
+
+def test_pattern_cuts_all_text_the_same_way_in_python_and_in_tiktoken(data):
+    text = "don't  we'll 1234567 a_b -- x's 'tis ''' $%&  end"
+    pieces = re.findall(cram.PATTERN, text)
+    assert "".join(pieces) == text
+    tokenizer = cram.load_tokenizer((data / "tokenizer.tiktoken").read_text())
+    apart = [token for piece in pieces for token in tokenizer.encode_ordinary(piece)]
+    assert tokenizer.encode_ordinary(text) == apart
+
+
+def rows_as_text(folder, name):
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = cram.load_tokenizer((folder / "tokenizer.tiktoken").read_text())
+    rows = np.fromfile(folder / name, "<u2").reshape(-1, meta["seq_len"])
+    return [tokenizer.decode(row.tolist()) for row in rows], rows
+
+
+def test_train_and_val_share_no_document(data, stories):
+    train, val = (set(re.findall(r"x(\d{4})y", " ".join(rows_as_text(data, name)[0]))) for name in ("train.bin", "val.bin"))
+    assert len(val) > 20 and len(train) > 300
+    assert not train & val
+    meta = json.loads((data / "meta.json").read_text())
+    assert meta["documents"]["kept"] == len(stories)
+
+
+def test_rows_are_the_documents_joined_with_sep(tmp_path, stories):
+    source = write_jsonl(tmp_path / "s.jsonl", stories)
+    prepare_data.main(["--source", str(source), "--out", str(tmp_path / "d"), *PREPARE])
+    tokenizer = cram.load_tokenizer((tmp_path / "d/tokenizer.tiktoken").read_text())
+    stream = []
+    for text in stories:
+        stream += [*tokenizer.encode_ordinary(cram.normalise(text)), tokenizer.encode_single_token("[SEP]")]
+    whole = np.array(stream, np.uint16).tobytes()
+    _, rows = rows_as_text(tmp_path / "d", "val.bin")
+    # A validation row is a piece of the stream of the validation documents; one inside a single document is also a
+    # piece of the stream of all.
+    inside = [row for row in rows if tokenizer.n_vocab - 2 not in row]
+    assert inside and all(row.tobytes() in whole for row in inside)
+    assert sum(int((rows_as_text(tmp_path / "d", n)[1] == tokenizer.n_vocab - 2).sum()) for n in ("train.bin", "val.bin")) >= 395
+
+
+def test_rows_are_ordered_as_asked(tmp_path, stories):
+    source = write_jsonl(tmp_path / "s.jsonl", stories)
+    rows = {}
+    for how in ("prevalence", "sentences", "none"):
+        prepare_data.main(["--source", str(source), "--out", str(tmp_path / how), "--sort", how, *PREPARE])
+        rows[how] = rows_as_text(tmp_path / how, "train.bin")[1]
+    assert sorted(map(bytes, rows["prevalence"])) == sorted(map(bytes, rows["sentences"])) == sorted(map(bytes, rows["none"]))
+    counts = np.bincount(rows["none"].ravel(), minlength=380).astype(np.float64) + 1
+    scores = np.log(counts / counts.sum())[rows["prevalence"]].mean(1)
+    assert (np.diff(scores) < 1e-5).all() and scores[0] > scores[-1]
+    tokenizer = cram.load_tokenizer((tmp_path / "none/tokenizer.tiktoken").read_text())
+    stops = [tokenizer.decode(row.tolist()).count(".") for row in rows["sentences"]]
+    assert stops == sorted(stops, reverse=True) and stops[0] > stops[-1]
+
+
+def test_sorting_through_buckets_equals_sorting_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 64)  # 4 kB buckets instead of 64 MB
+    rng = np.random.default_rng(0)
+    rows, keys = rng.integers(0, 500, (2000, 16), np.uint16), rng.integers(0, 40, 2000).astype(np.float32)
+    rows.tofile(tmp_path / "rows")
+    prepare_data.sort_rows(tmp_path / "rows", tmp_path / "sorted", keys, 16)
+    assert (np.fromfile(tmp_path / "sorted", np.uint16).reshape(-1, 16) == rows[np.argsort(keys, kind="stable")]).all()
+
+
+def test_the_output_does_not_depend_on_the_workers(tmp_path, data, stories, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 4000)  # so that there is more than one chunk to share
+    source = write_jsonl(tmp_path / "stories.jsonl", stories)
+    prepare_data.main(["--source", str(source), "--out", str(tmp_path / "two"), *PREPARE, "--workers", "2"])
+    for name in cram.FILES:
+        assert (tmp_path / "two" / name).read_bytes() == (data / name).read_bytes()
+
+
+def test_documents_are_dropped_and_counted(tmp_path, stories, capsys):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", [*stories, stories[3], stories[4].upper(), "too short", "q9#" * 100])  # two duplicates, one too short, one that stays in single characters
+    with gzip.open(folder / "deep/b.json.gz", "wt") as file:
+        file.write(json.dumps({"text": stories[5], "url": "http://x"}) + "\n\n")
+    (folder / "c.txt").write_text("A text file is one document.\nIt may have many lines, and this one has two of them.")
+    (folder / "ignored.md").write_text("not text that is read")
+    prepare_data.main(["--source", str(folder), "--out", str(tmp_path / "d"), *PREPARE[:-1], "0.8"])
+    documents = json.loads((tmp_path / "d/meta.json").read_text())["documents"]
+    assert documents["read"] == 406 and documents["too_short"] == 1 and documents["filtered"] == 1
+    assert documents["duplicate"] == 3 and documents["kept"] == 401
+    assert "406 documents of 3 files" in capsys.readouterr().out
+    prepare_data.main(["--source", str(folder / "a.jsonl"), "--out", str(tmp_path / "e"), "--max_docs", "300", *PREPARE])
+    assert json.loads((tmp_path / "e/meta.json").read_text())["documents"]["read"] == 300
+
+
+def test_unigram_line_of_the_manifest(data):
+    _, train = rows_as_text(data, "train.bin")
+    _, val = rows_as_text(data, "val.bin")
+    counts = np.bincount(train.ravel(), minlength=380) + 1
+    expected = -np.log(counts / counts.sum())[val].mean()
+    assert json.loads((data / "meta.json").read_text())["unigram_nats"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_docstrings_are_read_without_importing():
+    code = '"""Top."""\nraise SystemExit\nclass A:\n    """A class.\n\n    More."""\n    def f(self):\n        "Inner."\n'
+    assert sorted(prepare_data.docstrings(code)) == ["A class.\n\nMore.", "Inner.", "Top."]
+    assert list(prepare_data.docstrings("print 'python 2'")) == []
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+def test_mask_counts_are_exact():
+    rows = torch.randint(0, 996, (64, 128))
+    shown, where, targets = cram.mask_rows(rows, cram.Config(), 1000, torch.Generator().manual_seed(1))
+    assert where.shape == targets.shape == (64, 32)
+    assert all(len(set(row.tolist())) == 32 for row in where)
+    assert torch.equal(rows.gather(1, where), targets)
+    at = shown.gather(1, where)
+    assert (at[:, :26] == 999).all() and (at[:, 29:] == targets[:, 29:]).all()  # 26 [MASK], 3 random, 3 as they are
+    assert ((shown == 999).sum(1) == 26).all()
+    outside = torch.ones_like(rows, dtype=torch.bool).scatter(1, where, False)
+    assert torch.equal(shown[outside], rows[outside])
+    assert cram.mask_counts(cram.Config(mask_rate=0.15), 128) == (19, 15, 2)  # 19.2, 0.8 and 0.9 of 19: 15.2 and 17.1
+
+
+def test_masked_positions_and_random_tokens_are_spread_evenly():
+    rows = torch.full((20000, 16), 7)
+    shown, where, _ = cram.mask_rows(rows, cram.Config(mask_rate=1 - 1e-9), 100, torch.Generator().manual_seed(2))
+    randoms = shown.gather(1, where)[:, 13:14].flatten()
+    counts = torch.bincount(randoms, minlength=100)
+    assert (counts[96:] == 0).all() and counts[:96].min() > 130  # 208 each on average; the specials never
+    shown, where, _ = cram.mask_rows(rows, cram.Config(), 100, torch.Generator().manual_seed(3))
+    first = torch.bincount(where[:, 0], minlength=16)  # 1250 each on average
+    assert first.min() > 1050 and first.max() < 1450
+
+
+def test_sparse_loss_equals_dense_loss():
+    model, cfg = small_model()
+    shown, where, targets = cram.mask_rows(torch.randint(0, 46, (5, 16)), cfg, 50, torch.Generator().manual_seed(0))
+    dense = F.linear(model.encode(shown), model.embedding.weight)  # every position
+    labels = torch.full((5, 16), -100).scatter(1, where, targets)
+    expected = F.cross_entropy(dense.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert model(shown, where, targets).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_attention_sees_both_sides():
+    model, _ = small_model()
+    tokens = torch.randint(0, 46, (1, 16))
+    before = model.encode(tokens)
+    for changed in (0, 15):
+        other = tokens.clone()
+        other[0, changed] = (tokens[0, changed] + 1) % 46
+        assert ((model.encode(other) - before).abs().amax(2) > 1e-6).all()  # every position notices
+
+
+def test_padding_does_not_change_a_sequence():
+    model, _ = small_model()
+    tokens = torch.randint(0, 46, (3, 9))
+    padded = torch.cat((tokens, torch.full((3, 7), 46)), 1)
+    out = model.encode(padded, padded != 46)[:, :9]
+    assert torch.allclose(out, model.encode(tokens), atol=1e-6)
+    assert not torch.allclose(model.encode(padded)[:, :9], out, atol=1e-3)  # and the mask is what does it
+
+
+def reference_logits(weights, tokens, layers, heads, eps):
+    """The paper's model written out with numpy in float64: one row of tokens (S,) -> logits (S, vocab)."""
+    w = {name: value.double().numpy() for name, value in weights.items()}
+    S, W = len(tokens), w["embedding.weight"].shape[1]
+
+    def norm(x, name):
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + eps)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    positions = np.array([[math.sin(p / 10000 ** (i / W)) if i % 2 == 0 else math.cos(p / 10000 ** ((i - 1) / W))
+                           for i in range(W)] for p in range(S)])
+    x = norm(w["embedding.weight"][tokens] + w["position_scale"] * positions, "embedding_norm")
+    for layer in range(layers):
+        b = f"blocks.{layer}."
+        q, k, v = np.split(norm(x, b + "attn_norm") @ w[b + "qkv.weight"].T, 3, axis=1)
+        parts = []
+        for h in range(heads):
+            s = slice(h * W // heads, (h + 1) * W // heads)
+            scores = np.exp(q[:, s] @ k[:, s].T / math.sqrt(W / heads))
+            parts.append(scores / scores.sum(1, keepdims=True) @ v[:, s])
+        x = x + np.concatenate(parts, 1) @ w[b + "attn_out.weight"].T
+        value, gate = np.split(norm(x, b + "ffn_norm") @ w[b + "ffn_in.weight"].T, 2, axis=1)
+        gelu = gate * 0.5 * (1 + np.vectorize(math.erf)(gate / math.sqrt(2)))
+        x = x + (value * gelu) @ w[b + "ffn_out.weight"].T
+    return norm(x, "final_norm") @ w["embedding.weight"].T
+
+
+def test_model_equals_a_float64_recomputation():
+    model, cfg = small_model()
+    for p in model.parameters():  # norms and biases at 1 and 0 would hide a mix-up
+        torch.nn.init.normal_(p, mean=0.3 if p.ndim < 2 else 0, std=0.3)
+    tokens = torch.randint(0, 46, (16,))
+    expected = reference_logits(model.state_dict(), tokens.numpy(), 2, 2, cfg.norm_eps)
+    got = model.double()(tokens[None], torch.arange(16)[None])[0].detach().numpy()
+    assert np.abs(got - expected).max() < 1e-5  # the position table itself is float32
+
+
+def test_base_is_the_papers_model():
+    cfg = cram.make_config({"size": "base"})
+    with torch.device("meta"):
+        model = cram.Model(cfg, 32768, 128)
+    weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert weights == 16 * (4 * 768 * 768 + 768 * 3072 + 1536 * 768) == 94_371_840
+    assert model.flops_per_token() == 6 * weights + 6 * 0.25 * 32768 * 768 + 12 * 16 * 768 * 128
+    assert not [name for name, _ in model.named_parameters() if "bias" in name and "norm" not in name]
+    c = cram.Config()
+    assert (c.mask_rate, c.beta1, c.beta2, c.adam_eps, c.weight_decay, c.grad_clip) == (0.25, 0.9, 0.98, 1e-12, 0.01, 0.5)
+    assert (c.norm_eps, c.init_std, c.dropout, c.micro_batch, c.batch_ramp) == (1e-12, 0.02, 0, 128, 0.6)
+
+
+def test_initialisation():
+    model, _ = small_model(width=256, heads=4, ffn_width=1024)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+    assert model.position_scale.item() == pytest.approx(1 / 16)
+
+
+def test_only_matrices_decay():
+    model, cfg = small_model()
+    decayed, plain = cram.make_optimizer(model, cfg).param_groups
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
+    assert len(decayed["params"]) == 1 + 2 * 4 and len(plain["params"]) == 1 + 2 + 2 * 4 + 2  # scale, norms
+    assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-12
+
+
+def test_one_batch_is_learnt_by_heart():
+    model, cfg = small_model(lr=1e-2)
+    optimizer = cram.make_optimizer(model.train(), cfg)
+    batch = cram.mask_rows(torch.randint(0, 46, (4, 16)), cfg, 50, torch.Generator().manual_seed(0))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    for _ in range(150):
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.02
+
+
+# ---------------------------------------------------------------------------------------- budget, schedule
+
+
+def test_schedule_and_ramp_are_the_papers():
+    cfg = cram.make_config({"lr": 1e-3, "batch_size": 8192, "size": "base"})
+    for p in np.linspace(0, 1, 101):
+        assert cram.lr_at(p, cfg) == pytest.approx(1e-3 * min(0.25 + p, 4 * (1 - p)), abs=1e-12)
+    assert [cram.batch_at(p, cfg) for p in (0, 0.3, 0.6, 1)] == [128, 128 * 32, 8192, 8192]
+    assert all(cram.batch_at(p, cfg) % 128 == 0 for p in np.linspace(0, 1, 77))
+    cfg.batch_ramp = 0
+    assert cram.batch_at(0, cfg) == 8192
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("90s", (90, "seconds")), ("5m", (300, "seconds")), ("24h", (86400, "seconds")), ("1.5h", (5400, "seconds")),
+    ("2000steps", (2000, "steps")), ("50Mtokens", (5e7, "tokens")), ("1e15flops", (1e15, "flops")), ("2Gflops", (2e9, "flops")),
+])  # fmt: skip
+def test_budgets(text, expected):
+    assert cram.parse_budget(text) == expected
+
+
+def test_auto_batch_and_lr_give_the_papers_for_a_day_at_base():
+    cfg = cram.make_config({"size": "base"})
+    tokens = cram.choose_batch_and_lr(cfg, 86400, "seconds", 128, 6e8, 1e10 / 86400)
+    assert tokens == pytest.approx(1e10)
+    assert cfg.batch_size == 8192 and cfg.lr == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("unit, amount", [("steps", 3000), ("tokens", 2e7), ("flops", 2e13)])
+def test_the_plan_is_what_the_loop_then_spends(unit, amount):
+    cfg = cram.make_config({"size": "mini", "micro_batch": 8})
+    planned = cram.choose_batch_and_lr(cfg, amount, unit, 128, 1e6, 0)
+    spent = steps = 0
+    while (p := {"steps": steps, "tokens": spent, "flops": spent * 1e6}[unit] / amount) < 1:
+        spent, steps = spent + 128 * cram.batch_at(p, cfg), steps + 1
+    assert planned == pytest.approx(spent, rel=0.05)
+
+
+def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
+    """Time passes only in the loop, 0.1 s a call: the stop, the learning rate and the ramp follow it."""
+    now = [1000.0]
+
+    def tick():
+        now[0] += 0.1
+        return now[0]
+
+    monkeypatch.setattr(cram.time, "monotonic", tick)
+    monkeypatch.setattr(cram, "time_of", lambda *_, **__: 0.05)
+    flags = [*SMALL, "--batch_size", "16", "--log_every", "1", "--lr", "1e-3"]
+    cram.main(["--data", str(data), "--out", str(tmp_path), "--budget", "60s", *flags])
+    rows = log_of(tmp_path)
+    progress = [float(row["progress"]) for row in rows]
+    assert progress == sorted(progress) and progress[-1] == 1
+    for row in rows[:-1]:  # the clock ticks a few times between the update and the log
+        assert float(row["lr"]) == pytest.approx(cram.lr_at(float(row["progress"]), cram.Config(lr=1e-3)), abs=5e-5)
+    assert float(rows[-1]["lr"]) < 3e-5 and int(rows[0]["batch_rows"]) == 4 and int(rows[-1]["batch_rows"]) == 16
+    step = max(float(b["seconds"]) - float(a["seconds"]) for a, b in pairwise(rows))
+    assert 59 < float(rows[-1]["seconds"]) < 60 + step
+
+
+def test_a_time_budget_by_the_real_clock(tmp_path, data):
+    start = time.monotonic()
+    cram.main(["--data", str(data), "--out", str(tmp_path), "--budget", "3s", *SMALL])
+    seconds = float(log_of(tmp_path)[-1]["seconds"])
+    assert 2.5 < seconds < 3.5 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("budget", ["6000tokens", "3e9flops"])
+def test_counted_budgets_overshoot_by_less_than_a_step(tmp_path, data, budget):
+    cram.main(["--data", str(data), "--out", str(tmp_path), "--budget", budget, *SMALL])
+    last = log_of(tmp_path)[-1]
+    amount, unit = cram.parse_budget(budget)
+    spent = float(last["tokens"]) if unit == "tokens" else float(last["exaflops"]) * 1e18
+    step = spent / float(last["tokens"]) * int(last["batch_rows"]) * 32
+    assert amount <= spent < amount + step and float(last["lr"]) == 0
+
+
+def test_first_pass_keeps_the_order_and_covers_it_all():
+    assert cram.row_numbers(0, 10, 10, 25, 0).tolist() == list(range(10))  # more is planned than there is
+    assert cram.row_numbers(0, 5, 10, 5, 0).tolist() == [0, 2, 4, 6, 8]  # the budget buys half: every other row
+    later = cram.row_numbers(0, 35, 10, 35, 0)
+    assert later[:10].tolist() == list(range(10))
+    for i in (10, 20):
+        assert sorted(later[i : i + 10]) == list(range(10)) and later[i : i + 10].tolist() != list(range(10))
+    assert later[10:20].tolist() != later[20:30].tolist()
+    again = np.concatenate([cram.row_numbers(i, 7, 10, 35, 0) for i in range(0, 35, 7)])
+    assert again.tolist() == later.tolist()  # however it is cut into micro-batches
+
+
+# ---------------------------------------------------------------------------------------- training, resume
+
+
+def test_training_beats_the_unigram_line(trained, data):
+    unigram = json.loads((data / "meta.json").read_text())["unigram_nats"]
+    rows = log_of(trained)
+    assert tuple(rows[0]) == cram.COLUMNS
+    assert float(rows[-1]["val_loss"]) < unigram - 0.25
+    assert int(rows[-1]["step"]) == 300 and float(rows[-1]["lr"]) == 0
+    xml.etree.ElementTree.parse(trained / "curve.svg")
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint.pt", "curve.svg", "log.csv"]
+
+
+def test_accumulated_batch_is_one_batch(tmp_path, data):
+    """Two micro-batches of 4 rows give the gradient of one of 8, and the log their mean loss."""
+    losses = {}
+    for micro in ("4", "8"):
+        out = tmp_path / micro
+        flags = [*SMALL, "--micro_batch", micro, "--batch_ramp", "0", "--mask_rate", "0.999999", "--random_share", "0",
+                 "--mask_share", "0", "--log_every", "1"]  # nothing is hidden and all is predicted: masks play no part
+        cram.main(["--data", str(data), "--out", str(out), "--budget", "6steps", *flags])
+        losses[micro] = [float(row["train_loss"]) for row in log_of(out)]
+    assert losses["4"] == pytest.approx(losses["8"], abs=1e-4)
+
+
+def comparable(out):
+    """All that two equal runs share: weights, optimiser, numbers, and the log but for its clock."""
+    state = cram.load_checkpoint(out)
+    tensors = dict(state["model"])
+    for i, values in state["optimizer"]["state"].items():
+        tensors.update({f"{i}.{name}": value for name, value in values.items()})
+    clock = ("seconds", "tokens_per_s", "mfu", "matmul_rate")
+    run = {k: v for k, v in state["run"].items() if k not in clock}
+    return tensors, run, [{k: v for k, v in row.items() if k not in clock} for row in log_of(out)], state["rng"]
+
+
+def assert_equal_runs(a, b):
+    (tensors_a, run_a, log_a, rng_a), (tensors_b, run_b, log_b, rng_b) = comparable(a), comparable(b)
+    assert log_a == log_b and run_a == run_b and torch.equal(rng_a, rng_b)
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
+
+
+def test_resume_equals_uninterrupted(tmp_path, data):
+    """Killed (SIGKILL, real processes) whenever a save has just been made, and resumed: the same run, bit for bit."""
+    flags = ["--data", str(data), "--budget", "160steps", *SMALL, "--dropout", "0.1"]
+    cram.main([*flags, "--out", str(tmp_path / "whole")])
+    out = tmp_path / "killed"
+    first = [sys.executable, str(HERE / "cram.py"), *flags, "--out", str(out)]
+    again = [sys.executable, str(HERE / "cram.py"), "--resume", "--out", str(out), "--data", str(data)]
+    kills = 0
+    for command in (first, again):
+        checkpoint = out / "checkpoint.pt"
+        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen and kills < 2:
+                time.sleep(random.random() * 0.1)
+                process.kill()
+                process.wait()
+                kills += 1
+                break
+            time.sleep(0.005)
+    assert kills == 2 and cram.load_checkpoint(out)["run"]["step"] < 160
+    cram.main(["--resume", "--out", str(out), "--data", str(data)])
+    assert_equal_runs(tmp_path / "whole", out)
+
+
+def test_interrupt_saves_and_says_how_to_go_on(tmp_path, data):
+    command = [sys.executable, str(HERE / "cram.py"), "--data", str(data), "--out", str(tmp_path), "--budget", "10m", *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.csv").exists() or len(log_of(tmp_path)) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and f"--resume --out {tmp_path}" in output
+    assert cram.load_checkpoint(tmp_path)["run"]["step"] >= 6
+
+
+def test_resume_of_a_finished_run_changes_nothing(trained, data):
+    before = comparable(trained)
+    cram.main(["--resume", "--out", str(trained), "--data", str(data)])
+    after = comparable(trained)
+    assert before[2] == after[2] and before[1] == after[1]
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    cram.write_whole(tmp_path / "file", lambda file: file.write(b"old"))
+
+    def write(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cram.write_whole(tmp_path / "file", write)
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
+    cram.main(["fill", str(tmp_path), "The cat sees [MASK] dog near the [mask]."])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("[MASK] 1  the ")
+    answers = cram.fill(tmp_path, "the dog likes the [MASK] under a tree")
+    assert len(answers) == 1 and len(answers[0]) == 5
+    assert [p for _, p in answers[0]] == sorted((p for _, p in answers[0]), reverse=True)
+    assert {token.strip() for token, _ in answers[0]} & set(ANIMALS)
+
+
+def test_python_cram_py_alone_prepares_the_docs(tmp_path, monkeypatch, data):
+    """On a fresh machine the default data folder does not exist: it is made, and training starts on it."""
+    asked = []
+
+    def prepare(argv):
+        asked.append(argv)
+        Path("data").mkdir()
+        os.symlink(data, "data/docs")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_data, "main", prepare)
+    cram.main(["--budget", "4steps", *SMALL])
+    assert asked == [["--out", "data/docs"]] and Path("out/cram/checkpoint.pt").is_file()
+
+
+def test_curve_has_the_numbers_where_they_belong(tmp_path):
+    cram.draw_curves(tmp_path / "c.svg", [("a", [(0, 3.0), (2, 1.0)], "line"), ("u", [(0, 2.0)], "dash")], "x")
+    drawn = xml.etree.ElementTree.parse(tmp_path / "c.svg").iter()
+    path = next(e.get("d") for e in drawn if e.get("class") == "c0 line")
+    xs = [[float(n) for n in pair.split()] for pair in path.removeprefix("M").removesuffix("h0").split("L")]
+    assert xs[0][0] == 60 and xs[1][0] == 700 and xs[0][1] < xs[1][1]  # a fall goes down
+    assert cram.ticks(0, 7.3) == [0, 2, 4, 6] and cram.ticks(5.1, 5.9) == [5.2, 5.4, 5.6, 5.8]
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def test_messages_of_prepare_data(tmp_path, stories):
+    def prepare(*flags):
+        return message(prepare_data.main, ["--out", str(tmp_path / "d"), *PREPARE, *flags])
+
+    good = write_jsonl(tmp_path / "good.jsonl", stories)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine and long enough"}\n{"text": broken\n')
+    (tmp_path / "other.jsonl").write_text('{"body": "no text"}\n')
+    (tmp_path / "picture.png").write_bytes(b"png")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:2000])
+    assert "no such file or folder: nowhere" in prepare("--source", "nowhere")
+    assert "picture.png" in prepare("--source", str(tmp_path / "picture.png"))
+    assert "too small" in prepare("--source", str(tmp_path / "empty.txt"), "--vocab_size", "261") or True
+    assert "latin.txt is not UTF-8 (byte 1)" in prepare("--source", str(tmp_path / "latin.txt"))
+    assert "broken.jsonl, line 2 is not JSON" in prepare("--source", str(tmp_path / "broken.jsonl"))
+    assert 'line 1 is not JSON with a "text"' in prepare("--source", str(tmp_path / "other.jsonl"))
+    assert "cut.jsonl.gz cannot be read" in prepare("--source", str(tmp_path / "cut.jsonl.gz"))
+    assert "vocab_size 70000: expected 261 to 65536" in prepare("--source", str(good), "--vocab_size", "70000")
+    text = prepare("--source", str(good), "--vocab_size", "5000")
+    most = re.search(r"use --vocab_size (\d+) or less", text)[1]
+    assert "unknown sort 'length'" in prepare("--source", str(good), "--sort", "length")
+    assert not (tmp_path / "d").exists()  # nothing half-written is left
+    prepare_data.main(["--source", str(good), "--out", str(tmp_path / "d"), *PREPARE, "--vocab_size", most])
+    assert "finished data folder already" in prepare("--source", str(good))
+
+
+def test_messages_about_data_folders(tmp_path, data):
+    def broken(change):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for path in data.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        change(folder)
+        return message(cram.load_data, folder)
+
+    def flip(folder):
+        content = bytearray((folder / "train.bin").read_bytes())
+        content[100] ^= 1
+        (folder / "train.bin").write_bytes(content)
+
+    assert "does not exist" in message(cram.load_data, tmp_path / "none")
+    assert "no meta.json" in broken(lambda folder: (folder / "meta.json").unlink())
+    assert "not a manifest" in broken(lambda folder: (folder / "meta.json").write_text("{}"))
+    assert "not a manifest" in broken(lambda folder: (folder / "meta.json").write_text("not json"))
+    assert "train.bin does not match the manifest (its checksum" in broken(flip)
+    assert "val.bin does not match the manifest (it has 0 bytes" in broken(lambda folder: (folder / "val.bin").unlink())
+    assert "tokenizer.tiktoken does not match" in broken(lambda folder: (folder / "tokenizer.tiktoken").write_text("x"))
+
+
+def test_messages_of_cram(tmp_path, data, trained, capsys):
+    def run(*flags):
+        return message(cram.main, ["--data", str(data), "--out", str(tmp_path / "o"), *flags])
+
+    assert "unknown recipe 'gpt': expected cram" in run("--recipe", "gpt")
+    assert "unknown size 'huge'" in run("--size", "huge")
+    for budget in ("5", "5 minutes", "m", "-3s", "0s", "1e400steps", "5Ms"):
+        assert "is not understood: expected one like 90s" in run(f"--budget={budget}")
+    assert "unknown command 'tarin'" in message(cram.main, ["tarin"])
+    assert "no multiple of micro_batch" in run("--batch_size", "100", "--micro_batch", "64")
+    assert "expected a width that splits into heads" in run("--width", "100", "--heads", "3")
+    assert "mask_rate is 1.5" in run("--mask_rate", "1.5")
+    assert "unknown dtype" in run("--dtype", "int8")
+    assert "cannot be used here" in run("--device", "abacus")
+    for flags in (["--lrr", "1"], ["--lr", "fast"], ["--layers", "1.5"], ["--compile", "maybe"]):
+        with pytest.raises(SystemExit) as stop:
+            cram.main(flags)
+        assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --lrr" in error and "got 'fast', expected a number or auto" in error
+    assert "got '1.5', expected a whole number" in error and "got 'maybe', expected true or false or auto" in error
+    assert not (tmp_path / "o").exists()
+
+    assert "holds a run already" in message(cram.main, ["--data", str(data), "--out", str(trained), *SMALL])
+    assert "checkpoint.pt does not exist" in run("--resume")
+    resume = ["--resume", "--data", str(data), "--out", str(trained)]
+    text = message(cram.main, [*resume, "--width", "64", "--recipe", "cram", "--budget", "9steps"])
+    assert "width was 32 and is now 64; budget was 300steps and is now 9steps" in text
+    (tmp_path / "o").mkdir()
+    for content in (b"", b"not a checkpoint", (trained / "checkpoint.pt").read_bytes()[:3000]):
+        (tmp_path / "o/checkpoint.pt").write_bytes(content)
+        assert "is damaged or no checkpoint" in run("--resume")
+    torch.save({"format": 1, "code": Path}, tmp_path / "o/checkpoint.pt")  # a pickled object is code, and refused
+    assert "is damaged or no checkpoint" in run("--resume")
+    torch.save({"format": 99}, tmp_path / "o/checkpoint.pt")
+    assert "has format 99" in run("--resume")
+    assert "has no [MASK]" in message(cram.main, ["fill", str(trained), "nothing to fill"])
+    assert "the model reads 32" in message(cram.main, ["fill", str(trained), "word " * 60 + "[MASK]"])
+    assert "fill takes a folder and a sentence" in message(cram.main, ["fill", str(trained)])
+
+
+def test_resume_refuses_other_data(tmp_path, trained, stories):
+    source = write_jsonl(tmp_path / "s.jsonl", stories[:300])
+    prepare_data.main(["--source", str(source), "--out", str(tmp_path / "d"), *PREPARE])
+    assert "is not the data" in message(cram.main, ["--resume", "--data", str(tmp_path / "d"), "--out", str(trained)])
+
+
+def test_flags_both_ways_and_help(capsys):
+    given = cram.parse_flags(cram.Config, ["--lr=1e-3", "--width", "64", "--resume", "--compile=false"], "")
+    assert given == {"lr": 1e-3, "width": 64, "resume": True, "compile": False}
+    for main in (cram.main, prepare_data.main, finetune_glue.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["-h"])
+        assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in ("mask_rate", "vocab_size", "glue_dir")) and "(default: 0.25)" in text
+
+
+# ---------------------------------------------------------------------------------------------------- GLUE
+
+
+def test_metrics_by_hand():
+    predicted, true = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
+    assert finetune_glue.accuracy(predicted, true) == pytest.approx(4 / 6)
+    assert finetune_glue.f1(predicted, true) == pytest.approx(2 / 3)  # 2 hits, 1 false, 1 missed: 4 / (4 + 1 + 1)
+    # tp 2, tn 2, fp 1, fn 1: (4 - 1) / sqrt(3 * 3 * 3 * 3)
+    assert finetune_glue.matthews(predicted, true) == pytest.approx(3 / 9)
+    assert finetune_glue.matthews(np.ones(6), true) == 0 and finetune_glue.f1(np.zeros(6), np.zeros(6)) == 0
+    # deviations (-1, 0, 1) and (-2, 1, 1): 3 / sqrt(2 * 6)
+    assert finetune_glue.pearson([1, 2, 3], [0, 3, 3]) == pytest.approx(3 / math.sqrt(12))
+    assert finetune_glue.pearson([1, 2, 3], [5, 3, 1]) == pytest.approx(-1)
+    assert math.isnan(finetune_glue.pearson([2, 2, 2], [1, 2, 3]))
+
+
+def test_pairs_are_encoded_and_cut_longest_first(trained):
+    _, tokenizer, _ = cram.load_model(trained)
+    one, = finetune_glue.encode([("The cat.",)], tokenizer, 32)
+    assert one == [377, *tokenizer.encode_ordinary("the cat."), 378]
+    a, b = "the cat sees " * 20, "the dog"
+    row, = finetune_glue.encode([(a, b)], tokenizer, 32)
+    assert len(row) == 32 and row[0] == 377 and row[-1] == 378 and row.count(378) == 2
+    assert row[row.index(378) + 1 : -1] == tokenizer.encode_ordinary("the dog")  # the short text stays whole
+
+
+def test_buckets_hold_every_example_once_with_little_padding():
+    lengths = np.random.default_rng(0).integers(4, 120, 1003)
+    for rng in (None, np.random.default_rng(1)):
+        batches = finetune_glue.bucketed(lengths, 16, rng)
+        assert sorted(i for batch in batches for i in batch) == list(range(1003))
+        assert max(map(len, batches)) == 16
+        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+        assert padded < 1.1 * lengths.sum()
+    again = finetune_glue.bucketed(lengths, 16, np.random.default_rng(1))
+    assert all((x == y).all() for x, y in zip(batches, again, strict=True))
+
+
+def write_glue(folder):
+    """GLUE tasks of the official layouts that the stories' words can solve."""
+    rng = random.Random(1)
+    for name in ("CoLA", "SST-2", "RTE", "STS-B"):
+        (folder / name).mkdir(parents=True)
+        for split, count in (("train", 200), ("dev", 60)):
+            lines = {"CoLA": [], "SST-2": ["sentence\tlabel"], "RTE": ["index\tsentence1\tsentence2\tlabel"],
+                     "STS-B": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"]}[name]
+            for i in range(count):
+                yes, place = rng.random() < 0.5, rng.choice(PLACES)
+                a = f'The "{"cat" if yes else "dog"} likes the fox {place}'  # a lone quote, as in the real files
+                b = f"the wolf {place}"
+                lines.append({"CoLA": f"gj04\t{int(yes)}\t\t{a}", "SST-2": f"{a}\t{int(yes)}",
+                              "RTE": f"{i}\t{a}\t{b}\t{'entailment' if yes else 'not_entailment'}",
+                              "STS-B": f"{i}\t" + "x\t" * 6 + f"{a}\t{b}\t{5.0 * yes:.3f}"}[name])
+            (folder / name / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_glue_from_start_to_table(tmp_path, trained, capsys):
+    glue = write_glue(tmp_path / "glue")
+    flags = ["--glue_dir", str(glue), "--seeds", "2", "--epochs", "5", "--batch_size", "4", "--lr", "1e-3", "--head_width", "64", "--device", "cpu"]
+    finetune_glue.main(["--checkpoint", str(trained), *flags])
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| (\w+) \| \w+ \| ([\d.]+) \|", text, re.MULTILINE))
+    assert list(rows) == ["cola", "sst2", "stsb", "rte"] and "| 200 / 60 |" in text
+    assert all(float(score) > 90 for score in rows.values()), rows
+    finetune_glue.main(["--checkpoint", "none", "--like", str(trained), "--tasks", "sst2", *flags])
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_fine_tuning_repeats_with_its_seed_and_starts_from_the_weights(tmp_path, trained):
+    glue = write_glue(tmp_path / "glue")
+    options = finetune_glue.Options(checkpoint=str(trained), glue_dir=str(glue), epochs=1, like=str(trained), head_width=16)
+    task = finetune_glue.TASKS["stsb"]
+    _, tokenizer, _ = cram.load_model(trained)
+    train, dev = ((finetune_glue.encode(texts, tokenizer, 32), labels)
+                  for texts, labels in (finetune_glue.read_task(glue, task, split) for split in ("train", "dev")))
+
+    def score(seed):
+        return finetune_glue.finetune(task, train, dev, options, seed, torch.device("cpu"), "fp32")
+
+    assert score(0) == score(0) != score(1)
+    trained_score = score(0)
+    options.checkpoint = "none"
+    assert score(0) != trained_score
+
+
+def test_messages_of_finetune(tmp_path, trained):
+    def run(*flags):
+        return message(finetune_glue.main, ["--checkpoint", str(trained), "--glue_dir", str(tmp_path), *flags])
+
+    assert "CoLA/train.tsv does not exist" in run()
+    assert "unknown task 'mnnli'" in run("--tasks", "mnnli")
+    assert "checkpoint.pt does not exist" in message(finetune_glue.main, ["--checkpoint", str(tmp_path / "no")])
+    glue = write_glue(tmp_path)
+    for content, expected in [
+        ("sentence\tgrade\nfine\t1\n", "has no column 'label'"), ("", "an empty file"), ("sentence\tlabel\n", "no examples"),
+        ("sentence\tlabel\nfine\t2\n", "line 2 has the label '2': expected 0 or 1"), ("sentence\tlabel\nfine\n", "line 2 has 1 columns"),
+    ]:
+        (glue / "SST-2/train.tsv").write_text(content)
+        assert expected in run("--tasks", "sst2")
+    (glue / "SST-2/train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
+    assert "is not UTF-8" in run("--tasks", "sst2")
+
+
+# -------------------------------------------------------------------------------------------------- README
+
+
+def readme_commands():
+    """The commands of the README's code blocks that call our scripts, as lists of words."""
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0].strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(part) for line in lines for part in line.split("&&")]
+    return [w for w in words if w[:1] == ["python"]]
+
+
+def test_the_commands_of_the_readme_parse():
+    commands = readme_commands()
+    assert {w[1] for w in commands} == {"cram.py", "prepare_data.py", "finetune_glue.py"}
+    for _, script, *words in commands:
+        if script == "prepare_data.py":
+            prepare_data.check_options(prepare_data.Options(**cram.parse_flags(prepare_data.Options, words, "")))
+        elif script == "finetune_glue.py":
+            finetune_glue.Options(**cram.parse_flags(finetune_glue.Options, words, ""))
+        elif words[:1] == ["fill"]:
+            assert len(words) == 3 and "[MASK]" in words[2]
+        else:
+            cram.make_config(cram.parse_flags(cram.Config, words, ""))
+
+
+def test_the_readme_points_at_files_that_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", (HERE / "README.md").read_text()):
+        assert target.startswith("https://") or (HERE / target).exists(), target
