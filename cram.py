@@ -279,7 +279,7 @@ class Model(nn.Module):
         self.cfg, self.vocab_size, self.seq_len = cfg, vocab_size, seq_len
         self.embedding = nn.Embedding(vocab_size, cfg.width)
         # Scaled sinusoidal positions: a fixed table (S, width), sin on even columns and cos on odd ("Attention Is
-        # All You Need", 3.5), times one learned number, small enough at first not to drown the embedding.
+        # All You Need", 3.5), times one learned number, which starts at 1/sqrt(width).
         angle = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(0, cfg.width, 2) / cfg.width)
         self.register_buffer("positions", torch.stack((angle.sin(), angle.cos()), 2).flatten(1), persistent=False)
         self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
@@ -445,14 +445,15 @@ def batch_at(p, cfg):
 def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size and cfg.lr where they are `auto`, and returns the tokens that the budget will buy.
 
-    The paper's values fit 1e10 tokens at width 768. Fewer tokens want a smaller batch, or there are too few steps
-    to leave the unigram plateau; a narrower model bears a higher learning rate. The exponents are by experiment.
+    The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about ten
+    thousand steps, which it takes to leave the unigram plateau; a narrower model bears a higher learning rate. Both
+    by experiment: see "Short budgets" in the README.
     """
 
     def rows_for(tokens):
         if cfg.batch_size != "auto":
             return cfg.batch_size
-        rows = 2 ** max(4, min(13, round(13 + 0.9 * math.log2(tokens / 1e10))))
+        rows = 2 ** max(3, min(13, round(13 + math.log2(tokens / 1e10))))
         return rows if rows <= cfg.micro_batch else rows // cfg.micro_batch * cfg.micro_batch
 
     if unit == "steps":  # the batch depends on the tokens and they on it: climb to the first point where both agree
@@ -464,7 +465,7 @@ def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_
         tokens = amount * {"seconds": tokens_per_second, "tokens": 1, "flops": 1 / flops_per_token}[unit]
     cfg.batch_size = rows_for(tokens)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    cfg.lr = 1e-3 * (768 / cfg.width) ** 0.6 if cfg.lr == "auto" else cfg.lr
+    cfg.lr = 1e-3 * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     return tokens
 
 
@@ -593,8 +594,9 @@ def draw_curves(path, curves, x_label):
     for i, (label, pairs, style) in enumerate(curves):
         pairs = [(0, pairs[0][1]), (x_max, pairs[0][1])] if style == "dash" else pairs
         line = "M" + ("h0M" if style == "dots" else "L").join(at(*pair) for pair in pairs) + "h0"
-        out.append(f'<path class="c{i % 3} {style}" d="{line if pairs else ""}"/><text x="558" y="{34 + 20 * i}">'
-                   f'{label}</text><path class="c{i % 3} {style}" d="M530 {30 + 20 * i}h{0 if style == "dots" else 20}"/>')
+        key = f"M540 {30 + 20 * i}h0" if style == "dots" else f"M530 {30 + 20 * i}h20"
+        out += [f'<path class="c{i % 3} {style}" d="{d}"/>' for d in (line if pairs else "", key)]
+        out.append(f'<text x="558" y="{34 + 20 * i}">{label}</text>')
     write_whole(path, lambda file: file.write("\n".join([*out, "</svg>\n"]).encode()))
 
 

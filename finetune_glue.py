@@ -20,16 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cram import (
-    SPECIALS,
-    autocast,
-    choose_device,
-    fail,
-    load_model,
-    normalise,
-    opt,
-    parse_flags,
-)
+from cram import SPECIALS, autocast, choose_device, fail, load_model, normalise, opt, parse_flags
 
 # ------------------------------------------------------------------------------------------ tasks, metrics
 

@@ -36,17 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cram import (
-    FILES,
-    PATTERN,
-    SPECIALS,
-    fail,
-    load_tokenizer,
-    normalise,
-    opt,
-    parse_flags,
-    sha256,
-)
+from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256
 
 FORMAT = 1
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
@@ -82,7 +72,7 @@ class BadInput(Exception):
 
 def find_files(source):
     """The files behind --source, sorted, as (path, kind) with kind python, txt or jsonl."""
-    if list(source) == ["docs"]:
+    if source == ["docs"]:
         roots = [Path(sysconfig.get_paths()["stdlib"])]
         roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -351,24 +341,27 @@ def row_keys(path, how, seq_len, log_probability, stops, seed):
 
 def check_options(options):
     """Fills in what depends on the source, and stops on a value that makes no sense."""
+    options.source = list(options.source)
     docs = options.source == ["docs"]
     options.vocab_size = options.vocab_size or (8192 if docs else 32768)
     options.val_share = options.val_share or (0.05 if docs else 0.01)
     options.workers = options.workers or os.cpu_count() or 1
-    options.out = options.out or "data/" + ("docs" if docs else re.sub(r"\..*", "", Path(options.source[0]).resolve().name))
+    name = "docs" if docs else Path(options.source[0]).resolve().name.split(".")[0]
+    options.out = options.out or f"data/{name}"
     smallest = 256 + len(SPECIALS) + 1
     if not smallest <= options.vocab_size <= 65536:
         fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
     if options.sort not in ("prevalence", "sentences", "none"):
         fail(f"unknown sort {options.sort!r}: expected prevalence, sentences or none")
-    if options.seq_len < 8 or options.workers < 1 or not 0 < options.val_share < 1 or options.filter <= 0 or options.bpe_mb < 1:
-        fail(f"{options}: expected seq_len of at least 8, workers, filter and bpe_mb above 0, val_share between 0 and 1")
+    for name, low, high in (("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("bpe_mb", 1, 1e6),
+                            ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
+        if not low <= getattr(options, name) <= high:
+            fail(f"{name} is {getattr(options, name)}: expected {low:g} to {high:g}")
 
 
 def main(argv=None):
     """Prepares a data folder; the manifest meta.json is written last, so a folder without it is not finished."""
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
-    options.source = list(options.source)
     check_options(options)
     files = find_files(options.source)
     out = Path(options.out)
@@ -385,6 +378,8 @@ def main(argv=None):
             shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, (BadInput, OSError)):
             fail(str(error))
+        if isinstance(error, KeyboardInterrupt):
+            fail(f"interrupted, nothing is left in {out}")
         raise
 
 
