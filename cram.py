@@ -87,7 +87,7 @@ class Config:
     batch_size: int | str = opt("auto", "rows in a step after the ramp; auto: 8192 for 1e10 tokens, less for less")
     batch_ramp: float = opt(0.6, "share of the budget in which the batch grows from one micro-batch; 0: none")
     # watching
-    val_rows: int = opt(1024, "rows of the validation set, masked once at the default rate")
+    val_rows: int = opt(512, "rows of the validation set, masked once at the default rate")
     log_every: int = opt(10, "steps from one row of log.csv to the next")
 
 
@@ -223,8 +223,9 @@ def autocast(device, dtype):
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
 # What may become a token: a contraction, a word, up to three digits or other characters, each with the space
-# before it. Text is normalised first, so it holds only lower-case ASCII and single spaces.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]+| ?[0-9]{1,3}| ?[^ a-z0-9]+| +"""
+# before it. Text is normalised first, so it holds only lower-case ASCII and single spaces. The bounds keep a
+# million times the same letter from being one word, on which byte-pair encoding would take for ever.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
 CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
 
 

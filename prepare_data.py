@@ -2,12 +2,14 @@
 
     python prepare_data.py                                          # the embedded corpus -> data/docs
     python prepare_data.py --source my_texts/ notes.jsonl --out data/mine
-    python prepare_data.py --source corpus/*.jsonl.gz --out data/corpus --vocab_size 32768
+    python prepare_data.py --source c4 --max_docs 1000000           # the paper's corpus, downloaded
 
-The paper's budget does not count this work (its rule 4), so all of its freedom lies here: what text is kept, how it
-is cut into tokens, and the order in which a model sees it. Three passes: count words and learn the merges of a
-byte-level BPE; encode every document; pack the kept ones into rows and put the rows in order. Memory stays bounded:
-text and tokens stream through, only some numbers per document and per row are held.
+@@TABLE@@
+
+The paper's budget does not count this work (its rule 4), so its freedom lies here: what text is kept, how it is cut
+into tokens, and in which order a model sees it. Three passes: count words in a sample and learn the merges of a
+byte-level BPE; encode every document; pack the kept ones into rows and order the rows. Text and tokens stream
+through: only a few numbers per document and per row are held in memory.
 """
 
 import ast
@@ -25,106 +27,203 @@ import shutil
 import sys
 import sysconfig
 import time
+import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from inspect import cleandoc
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import requests
 
 from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256
 
 FORMAT = 1
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
-MIN_CHARS = 20  # a shorter document teaches nothing about context
-TEXT_KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
+MIN_CHARS, MAX_BYTES = 20, 2**24  # a shorter document teaches no context; a longer one is a damaged file, or a dump
+KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
+C4_URL = ("https://huggingface.co/datasets/allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
+          "c4-train.{:05}-of-01024.json.gz")
+C4_SHARD_DOCS, C4_DAY = 350_000, 21_000_000  # documents in a shard, at least; and for a day of training
 
 
 @dataclass
 class Options:
     """What prepare_data.py can be told; all of it is written into the manifest."""
 
-    source: tuple = opt(("docs",), "docs (the documentation of Python, numpy and torch on this machine), or files and "
-                            'folders: .txt (a document a file), .jsonl, .json.gz, .jsonl.gz ({"text": ...} a line)')
-    out: str = opt("", "folder to write; empty: data/docs for docs, data/NAME for a file or folder NAME")
+    source: tuple = opt(("docs",), "docs (the documentation of Python, numpy and torch on this machine), c4 (downloaded), or "
+                        'files and folders: .txt (a document a file), .jsonl, .json.gz, .jsonl.gz ({"text": ...} a line)')
+    out: str = opt("", "folder to write; empty: data/docs, data/c4, or data/NAME for a file or folder NAME")
     vocab_size: int = opt(0, "tokens in all: 256 bytes, merges and 4 specials; 0: 8192 for docs, else 32768 [4.4]")
     seq_len: int = opt(128, "tokens in a row [4.2]")
     filter: float = opt(0.3, "drop a document with at least this many tokens a character: it compresses badly [4.4]")
     sort: str = opt("prevalence", "order of the rows: prevalence (most likely first, by mean unigram log-probability), "
                     "sentences (most full stops first) or none (shuffled) [4.4]")
     val_share: float = opt(0.0, "share of the documents held out for validation; 0: 0.05 for docs, else 0.01")
-    max_docs: int = opt(0, "stop after so many documents (lines of .jsonl, files of any other kind); 0: all")
-    bpe_mb: int = opt(100, "MB of text, taken evenly from all of it, on which the merges are learnt")
+    max_docs: int = opt(0, "stop after so many lines of .jsonl, and files of other kinds; 0: all, or a day's worth of c4")
+    bpe_mb: int = opt(100, "MB of text on which the merges are learnt, taken from the start of every file")
     workers: int = opt(0, "processes; 0: one a CPU core. The files written do not depend on it")
+    downloads: str = opt("data/downloads", "folder that keeps what was downloaded")
     seed: int = opt(0, "seed of the row order where it is random")
 
 
 class BadInput(Exception):
-    """A sentence about a file that cannot be used; raised in a worker, shown to the user by main."""
+    """A sentence about input that cannot be used; raised anywhere, also in a worker, shown to the user by main."""
 
 
-# ------------------------------------------------------------------------------------- reading documents
+# ---------------------------------------------------------------------------------------- downloads
 
 
-def find_files(source):
-    """The files behind --source, sorted, as (path, kind) with kind python, txt or jsonl."""
-    if source == ["docs"]:
+def download(url, path, tries=8):
+    """Fetches `url` to `path`, which appears when it is whole; what a broken connection left in path.part is kept.
+
+    Resumes with Range where the server allows it, waits and tries again on dropped connections, 429 and 5xx (as long
+    as Retry-After says), and gives up after `tries` failures in a row with a sentence.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures, problem = Path(f"{path}.part"), 0, ""
+    while failures < tries:
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        wait = min(60, 2**failures)
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
+                status, kind = answer.status_code, answer.headers.get("Content-Type", "")
+                problem = f"the server answered {status} {answer.reason}"
+                if status in (200, 206) and kind.startswith("text/html"):
+                    raise BadInput(f"{url} is a web page, expected a file: check the address, or a proxy that asks for a login")
+                if status in (200, 206):
+                    have = have if status == 206 else 0  # 200: the server ignores Range and sends it from the start
+                    total = have + int(answer.headers.get("Content-Length", 0))
+                    if total - have > shutil.disk_usage(path.parent).free:
+                        raise BadInput(f"{url} has {total / 1e6:.0f} MB, more than is free in {path.parent}: make room")
+                    started = time.monotonic()
+                    with open(part, "ab" if have else "wb") as file:
+                        for block in answer.iter_content(2**16):
+                            file.write(block)
+                            rate = (file.tell() - have) / max(1e-9, time.monotonic() - started)
+                            show(f"{path.name} {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+                                 f"{max(0, total - file.tell()) / rate:.0f} s left")
+                    if not total or part.stat().st_size == total:
+                        os.replace(part, path)
+                        return
+                    problem = f"the connection closed at {part.stat().st_size} of {total} bytes"
+                elif status == 416:  # the part is no start of this file
+                    part.unlink(missing_ok=True)
+                elif status != 429 and status < 500:
+                    raise BadInput(f"{url}: {problem}. Check the address")
+                elif answer.headers.get("Retry-After", "").isdigit():
+                    wait = min(600, int(answer.headers["Retry-After"]))
+        except requests.RequestException as error:
+            problem = f"no connection, or it broke ({type(error).__name__})"
+        failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+        time.sleep(wait)
+    raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
+                   "what has arrived is kept")
+
+
+def show(text):
+    """A line on a terminal that the next one replaces; nothing in a log file."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="", flush=True)
+
+
+# ----------------------------------------------------------------------------------- reading documents
+
+
+def find_files(options):
+    """The files behind --source, in a fixed order, as (path, kind) with kind python, txt or jsonl; downloads c4."""
+    if options.source == ["docs"]:
         roots = [Path(sysconfig.get_paths()["stdlib"])]
         roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
         return [(path, "python") for root in roots for path in sorted(root.rglob("*.py"))
                 if not skip & set(path.relative_to(root).parts)]
+    if options.source == ["c4"]:
+        shards = min(1024, math.ceil(options.max_docs / C4_SHARD_DOCS))
+        paths = [Path(options.downloads) / C4_URL.format(i).rsplit("/", 1)[1] for i in range(shards)]
+        for i, path in enumerate(paths):
+            show(f"shard {i + 1} of {shards}")
+            download(C4_URL.format(i), path)
+        return [(path, "jsonl") for path in paths]
     found = []
-    for name in source:
-        path = Path(name)
+    for path in map(Path, options.source):
         if not path.exists():
-            fail(f"no such file or folder: {path}. --source takes docs, or paths of {', '.join(TEXT_KINDS)} files and folders of them")
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(TEXT_KINDS)) if path.is_dir() else [path]
-        if not inside or not all(p.name.endswith(TEXT_KINDS) for p in inside):
-            fail(f"{path} holds no text that is understood here: expected {', '.join(TEXT_KINDS)}")
+            fail(f"no such file or folder: {path}. --source takes docs, c4, or paths of {', '.join(KINDS)} files and folders")
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(KINDS)) if path.is_dir() else [path]
+        if not inside or not inside[0].name.endswith(KINDS):
+            fail(f"{path} holds no text that is understood here: expected {', '.join(KINDS)}")
         found += [(p, "txt" if p.suffix == ".txt" else "jsonl") for p in inside]
     return found
 
 
-def read_chunks(files):
-    """Yields (path, kind, number of the first item, raw items) of about CHUNK bytes: lines, or one whole file."""
-    for path, kind in files:
+def read_items(files, share=1.0):
+    """Yields (where, kind, raw bytes) for each line of a .jsonl file and each whole file of another kind.
+
+    Raw is None where it is longer than MAX_BYTES, which is not read into memory. share < 1 gives a sample: the first
+    part of every .jsonl file, and some of the other files, evenly.
+    """
+    for i, (path, kind) in enumerate(files):
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 if kind != "jsonl":
-                    yield path, kind, 1, [file.read()]
+                    if int((i + 1) * share) > int(i * share):
+                        raw = file.read(MAX_BYTES + 1)
+                        yield str(path), kind, raw if len(raw) <= MAX_BYTES else None
                     continue
-                number = 1
-                while lines := file.readlines(CHUNK):
-                    yield path, kind, number, lines
-                    number += len(lines)
-        except (OSError, EOFError) as error:
-            raise BadInput(f"{path} cannot be read ({error}): repair it or leave it out of --source") from error
+                number, left = 0, share * text_bytes(path)
+                while (line := file.readline(MAX_BYTES)) and (share == 1 or left > 0):
+                    number, left, whole = number + 1, left - len(line), True
+                    while len(line) == MAX_BYTES and not line.endswith(b"\n"):
+                        line, whole = file.readline(MAX_BYTES), False
+                    yield f"{path}, line {number}", kind, line if whole else None
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadInput(f"{path} cannot be read ({error}): repair it, or leave it out of --source") from error
+
+
+def text_bytes(path):
+    """About how many bytes of text a file holds; gzip makes English a bit smaller than two fifths."""
+    return path.stat().st_size * (2.7 if path.suffix == ".gz" else 1)
+
+
+def chunked(items):
+    """Lists of items of about CHUNK bytes, to travel to a worker together."""
+    chunk, size = [], 0
+    for item in items:
+        chunk.append(item)
+        size += 200 + len(item[2] or b"")
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 def documents(chunk):
-    """The texts in a chunk of read_chunks; raises BadInput where one is not what its file name promises."""
-    path, kind, first, items = chunk
-    for number, raw in enumerate(items, first):
-        where = f"{path}, line {number}" if kind == "jsonl" else str(path)
-        if not raw.strip():
+    """Yields the texts of a chunk, None for an item that is too long; raises BadInput for one that is no text."""
+    for where, kind, raw in chunk:
+        if raw is None:
+            yield None
             continue
         try:
             text = raw.decode()
             if kind == "python":
                 yield from docstrings(text)
                 continue
+            if kind == "jsonl" and not text.strip():
+                continue
             text = json.loads(text)["text"] if kind == "jsonl" else text
+            if not isinstance(text, str):
+                raise TypeError
         except UnicodeDecodeError as error:
             raise BadInput(f"{where} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f'{where} is not JSON with a "text": expected one {{"text": ...}} object a line') from error
-        if not isinstance(text, str):
-            raise BadInput(f'{where} has a "text" that is no string: expected one {{"text": ...}} object a line')
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BadInput(f'{where} is not JSON with a "text": expected one {{"text": "..."}} object a line') from error
         yield text
 
 
@@ -163,14 +262,14 @@ def parallel(function, items, workers):
             yield window.popleft().result()
 
 
-# -------------------------------------------------------------------------------------------- vocabulary
+# ------------------------------------------------------------------------------------------ vocabulary
 
 
 def count_words(chunk):
     """How often each word (a piece of PATTERN) occurs in a chunk's normalised text."""
     counts = Counter()
     for text in documents(chunk):
-        counts.update(re.findall(PATTERN, normalise(text)))
+        counts.update(re.findall(PATTERN, normalise(text or "")))
     return counts
 
 
@@ -232,41 +331,42 @@ def learn_bpe(word_counts, merges):
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------- encoding
+# -------------------------------------------------------------------------------- encoding and packing
 
 
 @lru_cache(maxsize=1)
-def tokenizer_at(path):
+def tokenizer_at(path, digest):
+    """The tokenizer in a file with that checksum, loaded once in each process."""
     return load_tokenizer(Path(path).read_text())
 
 
-def encode_chunk(chunk, tokenizer_path, threshold):
-    """Tokens of a chunk's documents: (uint16 tokens joined with [SEP], lengths with it, hashes, characters, counts).
+def encode_chunk(chunk, vocabulary, threshold):
+    """A chunk's documents as (tokens, each document closed by [SEP]; lengths with it; hashes; characters; counts).
 
-    A document that is too short or that the paper's filter drops leaves only its count behind. The hash of the
-    normalised text decides on which side of the split a document stands, and whether it is a duplicate.
+    A document that is too short, too long, or that the paper's filter drops, leaves only its count behind. The hash
+    of the normalised text decides on which side of the split a document stands, and whether it is a duplicate.
     """
-    tokenizer = tokenizer_at(tokenizer_path)
-    sep = tokenizer.encode_single_token("[SEP]")
-    tokens, lengths, hashes, chars = [], [], [], 0
-    counts = Counter(read=0, too_short=0, filtered=0)
+    tokenizer = tokenizer_at(*vocabulary)
+    sep = np.array([tokenizer.encode_single_token("[SEP]")], np.uint16)
+    tokens, lengths, hashes, chars, counts = [np.zeros(0, np.uint16)], [], [], 0, Counter()
     for text in documents(chunk):
-        text = normalise(text)
         counts["read"] += 1
+        if text is None:
+            counts["too_long"] += 1
+            continue
+        text = normalise(text)
         if len(text) < MIN_CHARS:
             counts["too_short"] += 1
             continue
-        ids = tokenizer.encode_ordinary(text)
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # [MASK] in a text is letters, no special
         if len(ids) >= threshold * len(text):
             counts["filtered"] += 1
             continue
-        ids.append(sep)
-        tokens.append(np.array(ids, np.uint16))
-        lengths.append(len(ids))
+        tokens += [ids.astype(np.uint16), sep]
+        lengths.append(len(ids) + 1)
         hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
         chars += len(text)
-    tokens = np.concatenate(tokens) if tokens else np.zeros(0, np.uint16)
-    return tokens, np.array(lengths, np.int64), np.array(hashes, np.uint64), chars, counts
+    return np.concatenate(tokens), np.array(lengths, np.int64), np.array(hashes, np.uint64), chars, counts
 
 
 def pack(source, target, lengths, keep, seq_len):
@@ -301,53 +401,56 @@ def unigram(path, seq_len, vocab_size):
     return counts
 
 
+def row_keys(path, how, seq_len, log_probability, stops, seed):
+    """A number for each row, by which sort_rows orders them; float32 (rows,)."""
+    rng, keys = np.random.default_rng(seed), [np.zeros(0, np.float32)]
+    for rows in read_rows(path, seq_len):
+        if how == "prevalence":
+            key = -log_probability[rows].mean(1)
+        else:
+            key = rng.random(len(rows)) - (stops[rows].sum(1) if how == "sentences" else 0)
+        keys.append(key.astype(np.float32))
+    return np.concatenate(keys)
+
+
 def sort_rows(source, target, keys, seq_len):
-    """Writes the rows of `source` to `target` in the order of `keys`, smallest first, through buckets that fit in memory."""
+    """Moves the rows of `source` to `target`, smallest key first, equal ones in their order, through buckets in files.
+
+    Each bucket holds the rows of a range of keys and is small enough to be sorted in memory: no random access.
+    """
     buckets = max(1, len(keys) * seq_len * 2 // (64 * CHUNK))
-    bounds = np.quantile(keys, np.arange(1, buckets) / buckets) if buckets > 1 else np.zeros(0)
-    bucket_of = np.searchsorted(bounds, keys, side="right")
-    paths = [Path(f"{target}.{i}.part") for i in range(buckets)]
+    sample = keys[:: max(1, len(keys) // 1_000_000)]
+    bounds = np.unique(np.quantile(sample, np.arange(1, buckets) / buckets)) if buckets > 1 else np.zeros(0)
+    paths = [Path(f"{target}.{i}.part") for i in range(len(bounds) + 1)]
     start = 0
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
         for rows in read_rows(source, seq_len):
-            now = bucket_of[start : start + len(rows)]
-            for i in np.unique(now):
-                rows[now == i].tofile(files[i])
+            bucket = np.searchsorted(bounds, keys[start : start + len(rows)], side="right")
+            for i in np.unique(bucket):
+                rows[bucket == i].tofile(files[i])
             start += len(rows)
+    source.unlink()
+    edges = [-math.inf, *bounds, math.inf]
     with open(target, "wb") as out:
-        for i, path in enumerate(paths):
-            order = np.argsort(keys[bucket_of == i], kind="stable")
+        for path, low, high in zip(paths, edges, edges[1:], strict=False):
+            order = np.argsort(keys[(keys >= low) & (keys < high)], kind="stable")
             np.fromfile(path, "<u2").reshape(-1, seq_len)[order].tofile(out)
             path.unlink()
 
 
-def row_keys(path, how, seq_len, log_probability, stops, seed):
-    """The number of each row by which sort_rows orders them; what is equal stays in the order of the documents."""
-    rng = np.random.default_rng(seed)
-    keys = []
-    for rows in read_rows(path, seq_len):
-        if how == "prevalence":
-            keys.append(-log_probability[rows].mean(1))
-        elif how == "sentences":
-            keys.append(-stops[rows].sum(1) + rng.random(len(rows)))
-        else:
-            keys.append(rng.random(len(rows)))
-    return np.concatenate(keys).astype(np.float32) if keys else np.zeros(0, np.float32)
-
-
-# -------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------ main
 
 
 def check_options(options):
     """Fills in what depends on the source, and stops on a value that makes no sense."""
     options.source = list(options.source)
-    docs = options.source == ["docs"]
-    options.vocab_size = options.vocab_size or (8192 if docs else 32768)
-    options.val_share = options.val_share or (0.05 if docs else 0.01)
+    special = options.source[0] if options.source in (["docs"], ["c4"]) else None
+    options.vocab_size = options.vocab_size or (8192 if special == "docs" else 32768)
+    options.val_share = options.val_share or (0.05 if special == "docs" else 0.01)
+    options.max_docs = options.max_docs or (C4_DAY if special == "c4" else 0)
     options.workers = options.workers or os.cpu_count() or 1
-    name = "docs" if docs else Path(options.source[0]).resolve().name.split(".")[0]
-    options.out = options.out or f"data/{name}"
+    options.out = options.out or f"data/{special or Path(options.source[0]).resolve().name.split('.')[0]}"
     smallest = 256 + len(SPECIALS) + 1
     if not smallest <= options.vocab_size <= 65536:
         fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
@@ -363,13 +466,16 @@ def main(argv=None):
     """Prepares a data folder; the manifest meta.json is written last, so a folder without it is not finished."""
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
     check_options(options)
-    files = find_files(options.source)
     out = Path(options.out)
     if (out / "meta.json").exists():
         fail(f"{out} is a finished data folder already: delete it or choose another --out")
     created = not out.exists()
     try:
+        files = find_files(options)
         out.mkdir(parents=True, exist_ok=True)
+        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(out).free
+        if need > free:
+            raise BadInput(f"{out} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB are needed: make room")
         prepare(options, files, out)
     except BaseException as error:
         for path in [*out.glob("*.part"), *(out / name for name in FILES)]:
@@ -378,94 +484,86 @@ def main(argv=None):
             shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, (BadInput, OSError)):
             fail(str(error))
-        if isinstance(error, KeyboardInterrupt):
-            fail(f"interrupted, nothing is left in {out}")
+        if isinstance(error, (KeyboardInterrupt, BrokenExecutor)):
+            fail(f"stopped ({type(error).__name__}): nothing is left in {out}; run the same command again")
         raise
 
 
 def prepare(options, files, out):
     """The three passes over `files`, written to the folder `out`."""
-    started = time.monotonic()
-    seconds = {}
+    started, seconds = time.monotonic(), {}
 
-    def stage(name):
+    def stage_done(name):
         seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 1)
 
-    def chunks():
-        left = options.max_docs or math.inf
-        for path, kind, number, items in read_chunks(files):
-            if left <= 0:
-                return
-            yield path, kind, number, items if len(items) <= left else items[: int(left)]
-            left -= len(items)
-
-    size = sum(path.stat().st_size * (3 if path.suffix == ".gz" else 1) for path, _ in files)
-    share = min(1.0, options.bpe_mb * 1e6 / max(1, size)) if files[0][1] != "python" else 1.0
-    sample = (chunk for i, chunk in enumerate(chunks()) if int((i + 1) * share) > int(i * share))
+    share = min(1.0, options.bpe_mb * 1e6 / (1 + sum(text_bytes(path) for path, kind in files if kind != "python")))
     words = Counter()
-    for counts in parallel(count_words, sample, options.workers):
+    for counts in parallel(count_words, chunked(read_items(files, share)), options.workers):
         words.update(counts)
-    stage("count words")
+    if not words:
+        raise BadInput(f"no text in {len(files)} files, the first of which is {files[0][0]}: give files that hold some")
+    stage_done("count words")
     merges = options.vocab_size - 256 - len(SPECIALS)
     tokens = learn_bpe(words, merges)
     if len(tokens) < 256 + merges:
-        fail(f"the text gives {len(tokens) - 256} merges, vocab_size {options.vocab_size} needs {merges}: "
-             f"use --vocab_size {len(tokens) + len(SPECIALS)} or less, or more text")
+        raise BadInput(f"the text gives {len(tokens) - 256} merges, vocab_size {options.vocab_size} needs {merges}: "
+                       f"use --vocab_size {len(tokens) + len(SPECIALS)} or less, or more text")
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     (out / "tokenizer.tiktoken").write_text("".join(lines))
-    stage("learn merges")
+    stage_done("learn merges")
 
-    lengths, hashes, chars, counts = [], [], 0, Counter(read=0, too_short=0, filtered=0)
-    encode = partial(encode_chunk, tokenizer_path=str(out / "tokenizer.tiktoken"), threshold=options.filter)
+    items = islice(read_items(files), options.max_docs or None)
+    vocabulary = out / "tokenizer.tiktoken"
+    encode = partial(encode_chunk, vocabulary=(vocabulary, sha256(vocabulary)), threshold=options.filter)
+    parts, chars = [], 0
+    documents = Counter(read=0, too_short=0, too_long=0, filtered=0)
     with open(out / "tokens.part", "wb") as file:
-        for ids, length, digest, n, count in parallel(encode, chunks(), options.workers):
+        for ids, lengths, hashes, n, counts in parallel(encode, chunked(items), options.workers):
             ids.astype("<u2").tofile(file)
-            lengths.append(length)
-            hashes.append(digest)
+            parts.append((lengths, hashes))
             chars += n
-            counts.update(count)
-    lengths, hashes = (np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in (lengths, hashes))
-    stage("encode")
+            documents.update(counts)
+            show(f"{documents['read']} documents, {chars / 1e6 / (time.monotonic() - started):.1f} MB/s")
+    lengths, hashes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    stage_done("encode")
 
     first = np.zeros(len(hashes), bool)
-    first[np.unique(hashes, return_index=True)[1]] = True  # the first of each set of duplicates stays
+    first[np.unique(hashes, return_index=True)[1]] = True  # of equal documents the first one stays
     held_out = hashes < options.val_share * 2.0**64
-    rows = {name: pack(out / "tokens.part", out / f"{name}.part", lengths, first & side, options.seq_len)
-            for name, side in (("train", ~held_out), ("val", held_out))}
-    counts.update(duplicate=int((~first).sum()), train=int((first & ~held_out).sum()), val=int((first & held_out).sum()))
+    kept = {"train": first & ~held_out, "val": first & held_out}
+    rows = {name: pack(out / "tokens.part", out / f"{name}.part", lengths, kept[name], options.seq_len) for name in kept}
+    documents.update(duplicate=int((~first).sum()), kept=int(first.sum()), val=int(kept["val"].sum()))
+    (out / "tokens.part").unlink()
     if not rows["train"] or not rows["val"]:
-        raise BadInput(f"the text is too small: {counts['read']} documents were read and gave {rows['train']} rows of "
-                       f"{options.seq_len} tokens to train on and {rows['val']} to validate. Give more text, "
-                       f"or a larger --val_share or --filter")
-    trained, seen = (unigram(out / f"{n}.part", options.seq_len, options.vocab_size) for n in ("train", "val"))
+        raise BadInput(f"too little text: {documents['read']} documents gave {rows['train']} rows of {options.seq_len} "
+                       f"tokens to train on and {rows['val']} to validate; give more, or a larger --val_share or --filter")
+    trained, seen = (unigram(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
     log_probability = np.log((trained + 1) / (trained + 1).sum())
     unigram_nats = float(-(seen * log_probability).sum() / seen.sum())
     stops = np.array([token.count(b".") for token in tokens] + [0] * len(SPECIALS))
-    for name, how in (("train", options.sort), ("val", "none")):
+    for name, how in (("train", options.sort), ("val", "none")):  # the trainer takes the first rows of val.bin
         keys = row_keys(out / f"{name}.part", how, options.seq_len, log_probability, stops, options.seed)
         sort_rows(out / f"{name}.part", out / f"{name}.bin", keys, options.seq_len)
-    for name in ("tokens", "train", "val"):
-        (out / f"{name}.part").unlink()
-    stage("pack and sort")
+    stage_done("pack and order")
 
-    kept = counts["train"] + counts["val"]
     meta = {
         "format": FORMAT, "seq_len": options.seq_len, "vocab_size": options.vocab_size, "pattern": PATTERN,
         "special_tokens": {name: options.vocab_size - len(SPECIALS) + i for i, name in enumerate(SPECIALS)},
         "normalisation": "NFD, lower case, ASCII only, control characters dropped, white space folded",
-        "rows": rows, "tokens": {name: n * options.seq_len for name, n in rows.items()},
+        "rows": rows, "tokens": {name: n * options.seq_len for name, n in rows.items()}, "documents": dict(documents),
         "files": {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in FILES},
-        "documents": {**counts, "kept": kept}, "unigram_nats": unigram_nats,
-        "chars_per_token": chars / max(1, int(lengths.sum())),
+        "unigram_nats": unigram_nats, "chars_per_token": chars / lengths.sum(), "seed": options.seed,
         "options": asdict(options), "seconds": seconds,
     }
     (out / "meta.part").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.part", out / "meta.json")
-    print(f"""read       {counts["read"]} documents of {len(files)} files
-dropped    {counts["too_short"]} too short, {counts["filtered"]} that compress badly, {counts["duplicate"]} duplicates
-kept       {kept}: {counts["train"]} to train, {counts["val"]} to validate
-tokens     {meta["chars_per_token"]:.2f} characters a token, vocabulary {options.vocab_size}
-rows       {rows["train"]} to train ({meta["tokens"]["train"] / 1e6:.1f} M tokens), {rows["val"]} to validate, order: {options.sort}
+    show("")
+    d, tokens = documents, meta["tokens"]["train"] / 1e6
+    print(f"""read       {d["read"]} documents of {len(files)} files
+dropped    {d["too_short"]} too short, {d["too_long"]} too long, {d["filtered"]} that compress badly, {d["duplicate"]} duplicates
+kept       {d["kept"]}, of which {d["val"]} to validate
+tokens     {meta["chars_per_token"]:.2f} characters each, vocabulary {options.vocab_size}
+rows       {rows["train"]} to train ({tokens:.1f} M tokens), {rows["val"]} to validate, order: {options.sort}
 seconds    {", ".join(f"{name} {s:.1f}" for name, s in seconds.items())}; {time.monotonic() - started:.1f} in all
 unigram    {unigram_nats:.3f} nats a token on the validation rows: the line that training must beat
 wrote      {out}""")

@@ -4,7 +4,9 @@ Each part is checked against something independent of it: a closed form, float64
 """
 
 import csv
+import errno
 import gzip
+import http.server
 import json
 import math
 import os
@@ -14,11 +16,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +263,138 @@ def test_docstrings_are_read_without_importing():
     code = '"""Top."""\nraise SystemExit\nclass A:\n    """A class.\n\n    More."""\n    def f(self):\n        "Inner."\n'
     assert sorted(prepare_data.docstrings(code)) == ["A class.\n\nMore.", "Inner.", "Top."]
     assert list(prepare_data.docstrings("print 'python 2'")) == []
+
+
+# ------------------------------------------------------------------------------- downloads, hostile input
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local HTTP server that plays a list of answers, one a request, the last one for ever; and what it was asked."""
+    rng = random.Random(0)
+    texts = [f"document {i} of a shard, with {rng.randbytes(100).hex()}" for i in range(3000)]
+    content = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    plan, asked, waits = [], [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers.get("Range"))
+            answer = plan.pop(0) if len(plan) > 1 else plan[0]
+            start = int(asked[-1][6:-1]) if asked[-1] and answer != "no range" else 0
+            if answer in (404, 429, 503):
+                self.send_response(answer)
+                self.send_header("Retry-After", "7")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Type", "text/html" if answer == "html" else "application/gzip")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            rest = content[start:]
+            self.wfile.write(rest[: len(rest) // 2] if answer == "drop" else rest)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prepare_data, "C4_URL", f"http://127.0.0.1:{httpd.server_port}/c4-{{:05}}.json.gz")
+    monkeypatch.setattr(prepare_data.time, "sleep", waits.append)
+    yield plan, asked, waits, content
+    httpd.shutdown()
+
+
+@pytest.mark.parametrize("answers, ranges", [
+    (["whole"], [None]),
+    (["drop", "drop", "whole"], [None, "half", "more"]),  # goes on where it broke off
+    (["drop", "no range"], [None, "half"]),  # sends all of it again: taken from the start
+    ([429, 503, "whole"], [None, None, None]),
+])  # fmt: skip
+def test_downloads_arrive_whole(tmp_path, server, answers, ranges):
+    plan, asked, waits, content = server
+    plan += answers
+    path = tmp_path / "deep/file.json.gz"
+    prepare_data.download(prepare_data.C4_URL.format(3), path)
+    assert path.read_bytes() == content and [bool(a) for a in asked] == [bool(r) for r in ranges]
+    assert os.listdir(path.parent) == ["file.json.gz"]
+    if 429 in answers:
+        assert waits == [7, 7]  # as long as the server asked for
+    prepare_data.download(prepare_data.C4_URL.format(3), path)  # there already: no request
+    assert len(asked) == len(answers)
+
+
+def test_downloads_that_fail_say_so(tmp_path, server):
+    plan, asked, waits, _ = server
+    for answer, expected in ((404, "answered 404"), ("html", "is a web page"), (503, "could not be downloaded: the server answered 503")):
+        plan[:] = [answer]
+        with pytest.raises(prepare_data.BadInput, match=expected):
+            prepare_data.download(prepare_data.C4_URL.format(1), tmp_path / "x.gz")
+    assert len(asked) == 1 + 1 + 8 and list(tmp_path.iterdir()) == []
+    with pytest.raises(prepare_data.BadInput, match="no connection"):
+        prepare_data.download("http://127.0.0.1:9/nothing", tmp_path / "x.gz")
+    assert waits[-8:] == [1, 2, 4, 8, 16, 32, 60, 60]  # each wait longer than the last, to a minute
+
+
+def test_c4_is_downloaded_and_prepared(tmp_path, server):
+    plan, asked, _, _ = server
+    plan += ["drop", "whole"]
+    flags = ["--source", "c4", "--downloads", str(tmp_path / "got"), "--vocab_size", "300", "--seq_len", "32",
+             "--workers", "1", "--filter", "5"]
+    prepare_data.main([*flags, "--max_docs", "2000", "--out", str(tmp_path / "c4")])
+    assert json.loads((tmp_path / "c4/meta.json").read_text())["documents"]["read"] == 2000
+    prepare_data.main([*flags, "--max_docs", "2500", "--out", str(tmp_path / "more")])
+    assert len(asked) == 2  # the shard was kept
+    cram.load_data(tmp_path / "more")
+
+
+def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_BYTES", 100_000)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) for text in stories]
+    lines[10] = json.dumps({"text": "long " * 50_000})  # over MAX_BYTES: counted, never held in memory
+    lines[20] = json.dumps({"text": "a" * 90_000})  # compresses well, and must not take for ever
+    lines[30] = '{"text": "lone surrogates \\ud800 and NUL \\u0000 bytes are dropped"}'
+    lines[40] = ""
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    for i in range(1000):
+        (folder / f"tiny{i}.txt").write_text(f"tiny file number {i}, one of a thousand")
+    (folder / "loop").symlink_to(folder)
+    prepare_data.main(["--source", str(folder), "--out", str(tmp_path / "d"), *PREPARE])
+    documents = json.loads((tmp_path / "d/meta.json").read_text())["documents"]
+    assert documents["read"] == 1399 and documents["too_long"] == 1 and documents["filtered"] == 0
+    assert documents["kept"] == 1398
+    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    text = message(prepare_data.main, ["--source", str(folder), "--out", str(tmp_path / "full"), *PREPARE])
+    assert "0.0 GB free" in text and not (tmp_path / "full").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, stories, monkeypatch):
+    source = write_jsonl(tmp_path / "s.jsonl", stories)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_data, "sort_rows", full)
+    text = message(prepare_data.main, ["--source", str(source), "--out", str(tmp_path / "d"), *PREPARE])
+    assert "No space left on device" in text and not (tmp_path / "d").exists()
+
+
+def test_a_killed_preparation_is_refused_and_done_again(tmp_path, stories, data):
+    source = write_jsonl(tmp_path / "stories.jsonl", stories)
+    command = [sys.executable, str(HERE / "prepare_data.py"), "--source", str(source), "--out", str(tmp_path / "d"), *PREPARE]
+    process = subprocess.Popen(command)
+    while not (tmp_path / "d").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert "is unfinished" in message(cram.load_data, tmp_path / "d")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for name in cram.FILES:
+        assert (tmp_path / "d" / name).read_bytes() == (data / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*cram.FILES, "meta.json"])
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -636,7 +772,9 @@ def test_messages_of_prepare_data(tmp_path, stories):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:2000])
     assert "no such file or folder: nowhere" in prepare("--source", "nowhere")
     assert "picture.png" in prepare("--source", str(tmp_path / "picture.png"))
-    assert "too small" in prepare("--source", str(tmp_path / "empty.txt"), "--vocab_size", "261") or True
+    assert "no text in 1 files" in prepare("--source", str(tmp_path / "empty.txt"))
+    (tmp_path / "short.txt").write_text("aaaa bbbb aaaa bbbb aaaa bbbb")
+    assert "too little text: 1 documents gave 0 rows" in prepare("--source", str(tmp_path / "short.txt"), "--vocab_size", "261")
     assert "latin.txt is not UTF-8 (byte 1)" in prepare("--source", str(tmp_path / "latin.txt"))
     assert "broken.jsonl, line 2 is not JSON" in prepare("--source", str(tmp_path / "broken.jsonl"))
     assert 'line 1 is not JSON with a "text"' in prepare("--source", str(tmp_path / "other.jsonl"))
