@@ -18,11 +18,13 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -104,6 +106,12 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
+def show(text):
+    """A line on a terminal that the next one replaces; nothing in a log file."""
+    if sys.stdout.isatty():
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+
+
 def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the dataclass `cls`, as {field: value}; those not typed are left out.
 
@@ -140,30 +148,40 @@ def make_config(given):
     if recipe not in RECIPES:
         fail(f"unknown recipe {recipe!r}: expected {', '.join(RECIPES)}")
     cfg = Config(**{**RECIPES[recipe], **given})
-    parse_budget(cfg.budget)
     if cfg.size == "auto":
         cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
     if cfg.size not in SIZES:
         fail(f"unknown size {cfg.size!r}: expected auto, {', '.join(SIZES)}")
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
-    if cfg.dtype not in ("auto", *DTYPES):
-        fail(f"unknown dtype {cfg.dtype!r}: expected auto, {', '.join(DTYPES)}")
-    for name in ("layers", "width", "heads", "ffn_width", "lr", "micro_batch", "batch_size", "val_rows", "log_every"):
-        if getattr(cfg, name) != "auto" and not getattr(cfg, name) > 0:
-            fail(f"{name} is {getattr(cfg, name)}: expected a number above 0")
-    for name in ("mask_rate", "lr_peak", "lr_start", "mask_share", "random_share", "batch_ramp", "dropout"):
-        if not 0 <= getattr(cfg, name) <= 1 or (name in ("mask_rate", "lr_peak") and getattr(cfg, name) in (0, 1)):
-            fail(f"{name} is {getattr(cfg, name)}: expected a share between 0 and 1")
+    if cfg.batch_size != "auto":
+        cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
+    return check_config(cfg)
+
+
+LIMITS = {  # of numeric settings: those above 0, those from 0, shares, shares without their ends
+    "a number above 0": ("layers width heads ffn_width lr micro_batch batch_size val_rows log_every", 1e-30, math.inf),
+    "a number from 0": ("seed norm_eps init_std adam_eps weight_decay grad_clip", 0, math.inf),
+    "a share from 0 to 1": ("lr_start mask_share random_share batch_ramp", 0, 1),
+    "a share from 0 to less than 1": ("dropout beta1 beta2", 0, 1 - 1e-9),
+    "a share between 0 and 1": ("mask_rate lr_peak", 1e-9, 1 - 1e-9),
+}
+
+
+def check_config(cfg):
+    """Returns `cfg`, or stops with a sentence about the first setting that makes no sense."""
+    parse_budget(cfg.budget)
+    for expected, (names, low, high) in LIMITS.items():
+        for name in names.split():
+            if getattr(cfg, name) != "auto" and not low <= getattr(cfg, name) <= high:
+                fail(f"{name} is {getattr(cfg, name)}: expected {expected}")
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
         fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected a width that splits into "
              "heads of an even size, and an even ffn_width, for the gate takes half of it")
-    if cfg.batch_size != "auto":
-        cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-        if cfg.batch_size % cfg.micro_batch:
-            fail(f"batch_size {cfg.batch_size} is no multiple of micro_batch {cfg.micro_batch}: change either")
+    if cfg.batch_size != "auto" and cfg.batch_size % cfg.micro_batch:
+        fail(f"batch_size {cfg.batch_size} is no multiple of micro_batch {cfg.micro_batch}: change either")
     return cfg
 
 
@@ -178,6 +196,10 @@ def choose_device(cfg):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for cuda:1 too, what speaks of the current device means this one
+    if cfg.dtype not in ("auto", *DTYPES):
+        fail(f"unknown dtype {cfg.dtype!r}: expected auto, {', '.join(DTYPES)}")
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -232,7 +254,7 @@ CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
 def normalise(text):
     """The paper's normalisation [4.4]: NFD, lower case, no accents, ASCII only, runs of white space folded."""
     if not text.isascii():
-        text = unicodedata.normalize("NFD", text)  # an accent becomes a character of its own, dropped below
+        text = " ".join(unicodedata.normalize("NFD", text).split())  # accents stand alone now, to be dropped below
     return " ".join(text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode().split())
 
 
@@ -324,6 +346,7 @@ class Model(nn.Module):
 # ------------------------------------------------------------------------------------- data and masks
 
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")
+DATA_FORMAT = 1
 
 
 def sha256(path):
@@ -345,8 +368,11 @@ def load_data(folder):
         fail(f"data folder {folder} {found}: {again}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        known = meta["format"] == DATA_FORMAT and all(meta[k] for k in ("seq_len", "vocab_size", "unigram_nats", "pattern"))
         expected = [(folder / name, meta["files"][name]["bytes"], meta["files"][name]["sha256"]) for name in FILES]
     except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
         fail(f"{folder / 'meta.json'} is not a manifest of prepare_data.py: {again}")
     for path, size, digest in expected:
         found = path.stat().st_size if path.is_file() else 0
@@ -447,24 +473,18 @@ def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_
     """Fills in cfg.batch_size and cfg.lr where they are `auto`, and returns the tokens that the budget will buy.
 
     The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about ten
-    thousand steps, which it takes to leave the unigram plateau; a narrower model bears a higher learning rate. Both
-    by experiment: see "Short budgets" in the README.
+    thousand steps, which it takes to leave the unigram plateau (8 rows at least; 32 where the budget is in steps); a
+    narrower model bears a higher learning rate. Both by experiment: see "Short budgets" in the README.
     """
 
-    def rows_for(tokens):
-        if cfg.batch_size != "auto":
-            return cfg.batch_size
-        rows = 2 ** max(3, min(13, round(13 + math.log2(tokens / 1e10))))
-        return rows if rows <= cfg.micro_batch else rows // cfg.micro_batch * cfg.micro_batch
-
-    if unit == "steps":  # the batch depends on the tokens and they on it: climb to the first point where both agree
-        tokens, before = amount * seq_len, 0
-        while tokens != before:
-            rows, before = rows_for(tokens), tokens
-            tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
+    if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
+        rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
+        tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
     else:
         tokens = amount * {"seconds": tokens_per_second, "tokens": 1, "flops": 1 / flops_per_token}[unit]
-    cfg.batch_size = rows_for(tokens)
+        rows = 2 ** max(3, min(13, round(13 + math.log2(max(tokens, 1) / 1e10))))
+    if cfg.batch_size == "auto":
+        cfg.batch_size = rows if rows <= cfg.micro_batch else rows // cfg.micro_batch * cfg.micro_batch
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
     cfg.lr = 1e-3 * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     return tokens
@@ -488,15 +508,16 @@ class Run:
     logged: int = 0  # step of the last row of the log
     evals: int = 0  # evaluations done
     val_loss: float = math.nan  # of the last evaluation
-    lr: float = 0.0  # of the last step, as the next three
+    lr: float = 0.0  # of the last step, as the next two
     batch_rows: int = 0
     grad_norm: float = 0.0  # before clipping
     loss_sum: float = 0.0  # of the micro-batches since the last row of the log ...
     loss_count: int = 0  # ... and how many they are
     planned_rows: int = 1  # that the budget will buy, as estimated at the start, as the rest
     planned_evals: int = 0
-    reserve: float = 0.0  # seconds kept for the last evaluation
-    matmul_rate: float = 1.0  # FLOP/s
+    val_rows: int = 0
+    reserve: float = 0.0  # seconds kept for the last evaluation and save
+    save_seconds: float = 0.0  # what the last save took
 
 
 def write_whole(path, write):
@@ -540,9 +561,10 @@ def load_model(folder, trained=True, **overrides):
 def open_log(path, step):
     """log.csv, open for appending, with a header and its rows up to `step`: where a resumed run goes on."""
     rows = []
-    if step:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
+    if step and path.is_file():
+        with open(path, newline="") as file:  # a power cut may have left a piece of a row
+            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+            rows = [row for row in rows if int(row[0]) <= step]
     text = "".join(",".join(row) + "\n" for row in (COLUMNS, *rows))
     write_whole(path, lambda file: file.write(text.encode()))
     return open(path, "a", newline="")
@@ -553,9 +575,10 @@ def show_progress(row, left):
     val = f" val {row['val_loss']:.3f}" if row["val_loss"] else ""
     line = (f"[{'#' * int(20 * row['progress']):.<20}] {row['progress']:6.1%} step {row['step']} "
             f"loss {row['train_loss']:.3f}{val} lr {row['lr']:.1e} batch {row['batch_rows']} "
-            f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s {time.strftime('%H:%M:%S', time.gmtime(left))} left")
-    terminal = sys.stdout.isatty()
-    print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not val else "\n", flush=True)
+            f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left")
+    show(line)
+    if val or not sys.stdout.isatty():
+        print("" if sys.stdout.isatty() else line, flush=True)
 
 
 SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="sans-serif" font-size="13">
@@ -621,11 +644,14 @@ def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
     state = load_checkpoint(given.get("out", Config.out))
     saved = state["config"]
+    if "micro_batch" in given:
+        given = {**given, "micro_batch": min(given["micro_batch"], saved["batch_size"])}
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
               if name not in MAY_CHANGE and value not in (saved[name], "auto")]
     if differ:
         fail(f"cannot resume: {'; '.join(differ)}. Leave these flags out, or start a new run with another --out")
-    return Config(**{**saved, **{name: value for name, value in given.items() if name in MAY_CHANGE}}), state
+    changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
+    return check_config(Config(**{**saved, **changed})), state
 
 
 def make_optimizer(model, cfg):
@@ -656,19 +682,23 @@ def train(given):
         fail(f"cannot resume: {cfg.data} is not the data that this run was trained on; name its folder with --data")
     vocab_size, seq_len, unigram = meta["vocab_size"], meta["seq_len"], meta["unigram_nats"]
     amount, unit = parse_budget(cfg.budget)
+    out.mkdir(parents=True, exist_ok=True)
 
     start = time.monotonic() - (state["run"]["seconds"] if state else 0.0)
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
-    compiled = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
+    compiled = cfg.compile
+    if compiled == "auto":  # where its compiler is there and the GPU is new enough for it
+        compiled = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+                    and torch.cuda.get_device_capability(device) >= (7, 0))
     forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    flops_per_token = model.flops_per_token()
+    flops_per_token, machine_rate = model.flops_per_token(), matmul_rate(device, dtype)
     masks = torch.Generator(device)
-    run = Run(**state["run"]) if state else Run()
+    run = Run(**state["run"]) if state else Run(val_rows=min(cfg.val_rows, len(val_rows)))
     # The validation rows are masked once, on the CPU, with default settings and one seed: figures of runs compare.
-    val = torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64))
+    val = torch.from_numpy(val_rows[: run.val_rows].astype(np.int64))
     val = mask_rows(val, Config(), vocab_size, torch.Generator().manual_seed(0))
     val = list(zip(*(part.to(device).split(64) for part in val), strict=True))
 
@@ -686,36 +716,37 @@ def train(given):
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])  # what dropout draws from
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
     else:
-        run.matmul_rate = matmul_rate(device, dtype)
-        speed = 0.0
+        speed, left = 0.0, amount
         if unit == "seconds":  # what will they buy? A few passes, whose gradients are thrown away, tell
             rows = min(cfg.micro_batch, 128 if device.type == "cuda" else 32)
             speed = rows * seq_len / time_of(lambda: loss_of(rows).backward(), device)
             model.zero_grad()
-            seconds = time_of(lambda: evaluate(model, val[:1], device, dtype), device, 1) * len(val)
-            run.reserve = min(seconds, 0.1 * amount)  # the last evaluation is part of the budget too
-        tokens = choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, speed)
+            # The last evaluation is part of the budget too; where it would take a tenth, it gets fewer rows.
+            seconds = time_of(lambda: evaluate(model, val[:1], device, dtype), device, 1)
+            val = val[: max(1, int(0.1 * amount / seconds))]
+            run.val_rows, run.reserve = sum(len(batch[0]) for batch in val), min(seconds * len(val), 0.1 * amount)
+            left = max(1.0, amount - run.reserve - (time.monotonic() - start))
+        tokens = choose_batch_and_lr(cfg, left, unit, seq_len, flops_per_token, speed)
         run.planned_rows = math.ceil(tokens / seq_len)
         # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
-        run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / min(cfg.val_rows, len(val_rows))))
+        run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / run.val_rows))
         torch.manual_seed(cfg.seed)
-        if (out / "checkpoint.pt").exists():
-            (out / "checkpoint.pt").unlink()  # --overwrite
-    out.mkdir(parents=True, exist_ok=True)
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # --overwrite
     log = open_log(out / "log.csv", run.logged)
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, feed-forward "
           f"{cfg.ffn_width}; {size:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token\n"
           f"machine  {device.type}, {dtype} ({reason}), {'compiled' if compiled else 'eager'}, matrix products at "
-          f"{run.matmul_rate / 1e9:.0f} GFLOP/s\n"
-          f"data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, "
-          f"unigram line {unigram:.3f} nats\n"
+          f"{machine_rate / 1e9:.0f} GFLOP/s\n"
+          f"data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens to train, {run.val_rows} to validate, "
+          f"vocabulary {vocab_size}, unigram line {unigram:.3f} nats\n"
           f"budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.1f} M tokens: learning rate {cfg.lr:.2g}, "
           f"batch {cfg.micro_batch} to {cfg.batch_size} rows", flush=True)
     if state:
@@ -731,8 +762,17 @@ def train(given):
         tokens = run.reads * seq_len
         return min(1.0, {"steps": run.step, "tokens": tokens, "flops": tokens * flops_per_token}[unit] / amount)
 
+    def check_finite(name, value):
+        if not math.isfinite(value):
+            fail(f"the {name} is {value} at step {run.step}, learning rate {run.lr:.2g}; {out}/checkpoint.pt holds the "
+                 "last good save: try a smaller --lr, or --dtype fp32")
+
     def save():
-        run.seconds, run.saved, run.loss_sum, run.grad_norm = elapsed(), p, loss_sum.item(), grad_norm.item()
+        run.loss_sum, run.grad_norm = loss_sum.item(), grad_norm.item()
+        check_finite("loss", run.loss_sum)
+        if not scaler.is_enabled():  # fp16 overflows now and then: its scaler skips such a step
+            check_finite("gradient", run.grad_norm)
+        run.seconds, run.saved = elapsed(), p
         versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
         now = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -741,6 +781,7 @@ def train(given):
             now["cuda_rng"] = torch.cuda.get_rng_state()
         write_whole(out / "checkpoint.pt", lambda file: torch.save(now, file))
         draw_run(out, unigram)
+        run.save_seconds = elapsed() - run.seconds
 
     interrupted = []
 
@@ -749,31 +790,37 @@ def train(given):
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Summed on the device, so that no step waits for a number to come back.
+    # Summed on the device, so that no micro-batch waits for a number to come back.
     loss_sum, grad_norm = torch.tensor(run.loss_sum, device=device), torch.tensor(run.grad_norm, device=device)
+    p = progress()
+    if not state:
+        save()  # shows that the folder can be written, and how long it takes: two saves end the run
+        run.reserve += 2 * run.save_seconds if unit == "seconds" else 0
     last_seconds, last_reads, last_shown = elapsed(), run.reads, -1.0
     while True:
         # What is due after a step is decided here, from saved numbers: a resumed run comes in at the same point.
         p = progress()
         evals = int(p * (run.planned_evals + 1))
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
-        if p >= 1 or interrupted or evaluation_due or p >= run.saved + 0.05 or elapsed() >= run.seconds + 600:
-            save()  # before the evaluation: whatever goes wrong there costs nothing
+        since = time.monotonic() - start - run.seconds
+        often = since >= 600 or p >= run.saved + 0.05 or evaluation_due  # ... before whatever may go wrong in it
+        if p >= 1 or interrupted or (often and since >= 100 * run.save_seconds):  # saving takes 1% at most
+            save()
         if interrupted:
             break
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
+            tokens, speed = run.reads * seq_len, (run.reads - last_reads) * seq_len / (elapsed() - last_seconds + 1e-9)
+            train_loss = loss_sum.item() / run.loss_count
+            check_finite("loss", train_loss)
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
-            seconds, tokens, train_loss = elapsed(), run.reads * seq_len, loss_sum.item() / run.loss_count
-            if not math.isfinite(train_loss):
-                fail(f"the loss is {train_loss} at step {run.step}, learning rate {run.lr:.2g}; {out}/checkpoint.pt "
-                     "holds the last save: try a smaller --lr, or --dtype fp32")
-            speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds)
+                check_finite("validation loss", run.val_loss)
+            seconds = elapsed()
             row = {"step": run.step, "seconds": round(seconds, 2), "progress": p, "tokens": tokens,
                    "exaflops": tokens * flops_per_token / 1e18, "lr": run.lr, "batch_rows": run.batch_rows,
                    "train_loss": train_loss, "val_loss": run.val_loss if evaluation_due else "",
                    "grad_norm": grad_norm.item(), "tokens_per_s": round(speed),
-                   "mfu": round(speed * flops_per_token / run.matmul_rate, 4)}
+                   "mfu": round(speed * flops_per_token / machine_rate, 4)}
             csv.DictWriter(log, COLUMNS, lineterminator="\n").writerow(row)
             log.flush()
             if sys.stdout.isatty() or evaluation_due or p >= last_shown + 0.02:
@@ -802,13 +849,15 @@ def train(given):
         scaler.update()
         optimizer.zero_grad()
 
-    save()
-    log.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if interrupted:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
         raise SystemExit(128 + interrupted[0])
+    if not run.step:
+        fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one")
+    save()
+    log.close()
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.1f} M tokens, {elapsed():.1f} s: validation loss "
           f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line\n"
           f'wrote    {out}/checkpoint.pt, log.csv, curve.svg; try: python cram.py fill {out} "a [MASK] of words."')
@@ -844,11 +893,14 @@ def fill(folder, text, top=5):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    command, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     if command == "train":
-        train(parse_flags(Config, argv[argv[:1] == ["train"] :], __doc__))
-    elif command == "fill" and len(argv) == 3:
-        for i, answers in enumerate(fill(argv[1], argv[2]), 1):
+        try:
+            train(parse_flags(Config, rest, __doc__))
+        except OSError as error:  # a full disk, a folder that may not be written
+            fail(f"{error}: what checkpoint.pt held before is kept")
+    elif command == "fill" and len(rest) == 2:
+        for i, answers in enumerate(fill(*rest), 1):
             print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))
     elif command == "fill":
         fail('fill takes a folder and a sentence: python cram.py fill out/cram "paris is the [MASK] of france."')

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cram import SPECIALS, autocast, choose_device, fail, load_model, normalise, opt, parse_flags
+from cram import SPECIALS, autocast, choose_device, fail, load_model, normalise, opt, parse_flags, show
 
 # ------------------------------------------------------------------------------------------ tasks, metrics
 
@@ -123,6 +123,8 @@ def read_task(folder, task, split):
         *text, label = (row[i] for i in where)
         try:
             labels.append(float(label) if task.labels is None else task.labels.index(label))
+            if not 0 <= labels[-1] <= 5:
+                raise ValueError
         except ValueError:
             expected = "a number from 0 to 5" if task.labels is None else " or ".join(task.labels)
             fail(f"{path}, line {number} has the label {label!r}: expected {expected}")
@@ -231,25 +233,22 @@ def finetune(task, train, dev, options, seed, device, dtype):
             optimizer.zero_grad()
             step += 1
         show(f"seed {seed}: {step}/{steps} steps")
-    return task.metric(predict(model, dev[0], pad_id, device, dtype, task.labels is None), dev[1])
+    predicted = predict(model, dev[0], pad_id, device, dtype, task.labels is None)
+    return task.metric(predicted, dev[1]) if predicted is not None else math.nan
 
 
 @torch.no_grad()
 def predict(model, rows, pad_id, device, dtype, regression):
-    """Predicted label numbers, or scores, of rows of tokens, in their order: a numpy array."""
+    """Predicted label numbers, or scores, of rows of tokens, in their order: a numpy array; None after a divergence."""
     model.eval()
     result = np.zeros(len(rows), np.float64 if regression else np.int64)
     for batch in bucketed(np.array([len(row) for row in rows]), 64):
         with autocast(device, dtype):
             logits = model(*collate([rows[i] for i in batch], pad_id, device))
+        if not logits.isfinite().all():
+            return None
         result[batch] = (logits[:, 0] if regression else logits.argmax(1)).cpu().numpy()
     return result
-
-
-def show(text):
-    """A line that the next one replaces, on a terminal only."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="", flush=True)
 
 
 def main(argv=None):
@@ -258,14 +257,18 @@ def main(argv=None):
     for name in names:
         if name not in TASKS:
             fail(f"unknown task {name!r}: expected all, or some of {','.join(TASKS)} with commas between")
-    if min(options.seeds, options.epochs, options.batch_size, options.lr) <= 0 or not 0 < options.warmup < 1:
-        fail("seeds, epochs, batch_size and lr must be above 0, and warmup between 0 and 1")
+    for name in ("seeds", "epochs", "batch_size", "head_width", "lr"):
+        if not getattr(options, name) > 0:
+            fail(f"{name} is {getattr(options, name)}: expected a number above 0")
+    for name in ("warmup", "dropout", "beta1", "beta2"):
+        if not 0 <= getattr(options, name) < 1:
+            fail(f"{name} is {getattr(options, name)}: expected a share from 0 to less than 1")
     model, tokenizer, state = load_model(options.like if options.checkpoint == "none" else options.checkpoint)
     data = {name: [read_task(options.glue_dir, TASKS[name], split) for split in ("train", "dev")] for name in names}
     device, dtype, reason = choose_device(options)
-    what = "random weights like " + options.like if options.checkpoint == "none" else options.checkpoint
-    print(f"model    {what}: {model.cfg.recipe}, {model.cfg.layers} layers, width {model.cfg.width}, "
-          f"{state['run']['reads'] * model.seq_len / 1e6:.1f} M tokens read\n"
+    what = (f"random weights in the shape of {options.like}" if options.checkpoint == "none" else
+            f"{options.checkpoint}, {state['run']['reads'] * model.seq_len / 1e6:.1f} M tokens read")
+    print(f"model    {what}: {model.cfg.recipe}, {model.cfg.layers} layers, width {model.cfg.width}\n"
           f"machine  {device.type}, {dtype} ({reason})\n"
           f"setting  {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}, seeds 0 to {options.seeds - 1}",
           flush=True)  # fmt: skip
@@ -280,7 +283,7 @@ def main(argv=None):
         show("")
         print(f"{name:8} {task.metric.__name__} {' '.join(f'{100 * score:.1f}' for score in scores)}", flush=True)
         if not math.isfinite(median):
-            print(f"{'':8} {task.metric.__name__} is undefined: a run predicted the same score for every example")
+            print(f"{'':8} {task.metric.__name__} is undefined: a run diverged, or predicted one score for all")
     print("\n| task | metric | median | range | train / dev rows | seconds |\n| --- | --- | --- | --- | --- | --- |")
     print("\n".join(table))
 

@@ -40,9 +40,9 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256
+import cram
+from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256, show
 
-FORMAT = 1
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
 MIN_CHARS, MAX_BYTES = 20, 2**24  # a shorter document teaches no context; a longer one is a damaged file, or a dump
 KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -87,7 +87,7 @@ def download(url, path, tries=8):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures, problem = Path(f"{path}.part"), 0, ""
+    part, failures, problem, most = Path(f"{path}.part"), 0, "", 0
     while failures < tries:
         have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -114,6 +114,9 @@ def download(url, path, tries=8):
                         os.replace(part, path)
                         return
                     problem = f"the connection closed at {part.stat().st_size} of {total} bytes"
+                elif status == 416 and answer.headers.get("Content-Range", "") == f"bytes */{have}":
+                    os.replace(part, path)  # all of it had arrived before
+                    return
                 elif status == 416:  # the part is no start of this file
                     part.unlink(missing_ok=True)
                 elif status != 429 and status < 500:
@@ -122,16 +125,11 @@ def download(url, path, tries=8):
                     wait = min(600, int(answer.headers["Retry-After"]))
         except requests.RequestException as error:
             problem = f"no connection, or it broke ({type(error).__name__})"
-        failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+        have = part.stat().st_size if part.exists() else 0
+        failures, most = (0, have) if have > most else (failures + 1, most)
         time.sleep(wait)
     raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
                    "what has arrived is kept")
-
-
-def show(text):
-    """A line on a terminal that the next one replaces; nothing in a log file."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="", flush=True)
 
 
 # ----------------------------------------------------------------------------------- reading documents
@@ -173,8 +171,10 @@ def read_items(files, share=1.0):
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 if kind != "jsonl":
-                    if int((i + 1) * share) > int(i * share):
-                        raw = file.read(MAX_BYTES + 1)
+                    # One document a file, but a .txt of many books is cut at line ends.
+                    size = CHUNK if kind == "txt" and path.stat().st_size > MAX_BYTES else -1
+                    while int((i + 1) * share) > int(i * share) and (lines := file.readlines(size)):
+                        raw = b"".join(lines)
                         yield str(path), kind, raw if len(raw) <= MAX_BYTES else None
                     continue
                 number, left = 0, share * text_bytes(path)
@@ -211,7 +211,7 @@ def documents(chunk):
             yield None
             continue
         try:
-            text = raw.decode()
+            text = raw.decode().removeprefix("\ufeff")  # the mark with which some editors begin a file
             if kind == "python":
                 yield from docstrings(text)
                 continue
@@ -418,7 +418,7 @@ def sort_rows(source, target, keys, seq_len):
 
     Each bucket holds the rows of a range of keys and is small enough to be sorted in memory: no random access.
     """
-    buckets = max(1, len(keys) * seq_len * 2 // (64 * CHUNK))
+    buckets = min(200, max(1, len(keys) * seq_len * 2 // (64 * CHUNK)))  # of 64 MB, and no more open files than allowed
     sample = keys[:: max(1, len(keys) // 1_000_000)]
     bounds = np.unique(np.quantile(sample, np.arange(1, buckets) / buckets)) if buckets > 1 else np.zeros(0)
     paths = [Path(f"{target}.{i}.part") for i in range(len(bounds) + 1)]
@@ -456,7 +456,7 @@ def check_options(options):
         fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
     if options.sort not in ("prevalence", "sentences", "none"):
         fail(f"unknown sort {options.sort!r}: expected prevalence, sentences or none")
-    for name, low, high in (("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("bpe_mb", 1, 1e6),
+    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("bpe_mb", 1, 1e6),
                             ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
         if not low <= getattr(options, name) <= high:
             fail(f"{name} is {getattr(options, name)}: expected {low:g} to {high:g}")
@@ -469,19 +469,21 @@ def main(argv=None):
     out = Path(options.out)
     if (out / "meta.json").exists():
         fail(f"{out} is a finished data folder already: delete it or choose another --out")
-    created = not out.exists()
+    mine = out / "unfinished.part"  # marks a folder that a run of this script may write to, and clean up
+    if out.exists() and not mine.exists() and any(out.iterdir()):
+        fail(f"{out} holds other files: choose another --out, or an empty folder")
     try:
         files = find_files(options)
-        out.mkdir(parents=True, exist_ok=True)
-        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(out).free
+        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
         if need > free:
             raise BadInput(f"{out} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB are needed: make room")
+        out.mkdir(parents=True, exist_ok=True)
+        mine.touch()
         prepare(options, files, out)
+        mine.unlink()
     except BaseException as error:
-        for path in [*out.glob("*.part"), *(out / name for name in FILES)]:
-            path.unlink(missing_ok=True)
-        if created:
-            shutil.rmtree(out, ignore_errors=True)
+        if mine.exists():
+            shutil.rmtree(out)
         if isinstance(error, (BadInput, OSError)):
             fail(str(error))
         if isinstance(error, (KeyboardInterrupt, BrokenExecutor)):
@@ -516,14 +518,14 @@ def prepare(options, files, out):
     vocabulary = out / "tokenizer.tiktoken"
     encode = partial(encode_chunk, vocabulary=(vocabulary, sha256(vocabulary)), threshold=options.filter)
     parts, chars = [], 0
-    documents = Counter(read=0, too_short=0, too_long=0, filtered=0)
+    seen = Counter(read=0, too_short=0, too_long=0, filtered=0)
     with open(out / "tokens.part", "wb") as file:
         for ids, lengths, hashes, n, counts in parallel(encode, chunked(items), options.workers):
             ids.astype("<u2").tofile(file)
             parts.append((lengths, hashes))
             chars += n
-            documents.update(counts)
-            show(f"{documents['read']} documents, {chars / 1e6 / (time.monotonic() - started):.1f} MB/s")
+            seen.update(counts)
+            show(f"{seen['read']} documents, {chars / 1e6 / (time.monotonic() - started):.1f} MB/s")
     lengths, hashes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     stage_done("encode")
 
@@ -532,14 +534,14 @@ def prepare(options, files, out):
     held_out = hashes < options.val_share * 2.0**64
     kept = {"train": first & ~held_out, "val": first & held_out}
     rows = {name: pack(out / "tokens.part", out / f"{name}.part", lengths, kept[name], options.seq_len) for name in kept}
-    documents.update(duplicate=int((~first).sum()), kept=int(first.sum()), val=int(kept["val"].sum()))
+    seen.update(duplicate=int((~first).sum()), kept=int(first.sum()), val=int(kept["val"].sum()))
     (out / "tokens.part").unlink()
     if not rows["train"] or not rows["val"]:
-        raise BadInput(f"too little text: {documents['read']} documents gave {rows['train']} rows of {options.seq_len} "
+        raise BadInput(f"too little text: {seen['read']} documents gave {rows['train']} rows of {options.seq_len} "
                        f"tokens to train on and {rows['val']} to validate; give more, or a larger --val_share or --filter")
-    trained, seen = (unigram(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
+    trained, found = (unigram(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
     log_probability = np.log((trained + 1) / (trained + 1).sum())
-    unigram_nats = float(-(seen * log_probability).sum() / seen.sum())
+    unigram_nats = float(-(found * log_probability).sum() / found.sum())
     stops = np.array([token.count(b".") for token in tokens] + [0] * len(SPECIALS))
     for name, how in (("train", options.sort), ("val", "none")):  # the trainer takes the first rows of val.bin
         keys = row_keys(out / f"{name}.part", how, options.seq_len, log_probability, stops, options.seed)
@@ -547,10 +549,10 @@ def prepare(options, files, out):
     stage_done("pack and order")
 
     meta = {
-        "format": FORMAT, "seq_len": options.seq_len, "vocab_size": options.vocab_size, "pattern": PATTERN,
+        "format": cram.DATA_FORMAT, "seq_len": options.seq_len, "vocab_size": options.vocab_size, "pattern": PATTERN,
         "special_tokens": {name: options.vocab_size - len(SPECIALS) + i for i, name in enumerate(SPECIALS)},
         "normalisation": "NFD, lower case, ASCII only, control characters dropped, white space folded",
-        "rows": rows, "tokens": {name: n * options.seq_len for name, n in rows.items()}, "documents": dict(documents),
+        "rows": rows, "tokens": {name: n * options.seq_len for name, n in rows.items()}, "documents": dict(seen),
         "files": {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in FILES},
         "unigram_nats": unigram_nats, "chars_per_token": chars / lengths.sum(), "seed": options.seed,
         "options": asdict(options), "seconds": seconds,
@@ -558,7 +560,7 @@ def prepare(options, files, out):
     (out / "meta.part").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.part", out / "meta.json")
     show("")
-    d, tokens = documents, meta["tokens"]["train"] / 1e6
+    d, tokens = seen, meta["tokens"]["train"] / 1e6
     print(f"""read       {d["read"]} documents of {len(files)} files
 dropped    {d["too_short"]} too short, {d["too_long"]} too long, {d["filtered"]} that compress badly, {d["duplicate"]} duplicates
 kept       {d["kept"]}, of which {d["val"]} to validate

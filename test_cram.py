@@ -653,7 +653,7 @@ def comparable(out):
     tensors = dict(state["model"])
     for i, values in state["optimizer"]["state"].items():
         tensors.update({f"{i}.{name}": value for name, value in values.items()})
-    clock = ("seconds", "tokens_per_s", "mfu", "matmul_rate")
+    clock = ("seconds", "tokens_per_s", "mfu", "save_seconds", "saved")
     run = {k: v for k, v in state["run"].items() if k not in clock}
     return tensors, run, [{k: v for k, v in row.items() if k not in clock} for row in log_of(out)], state["rng"]
 
@@ -667,7 +667,7 @@ def assert_equal_runs(a, b):
 
 def test_resume_equals_uninterrupted(tmp_path, data):
     """Killed (SIGKILL, real processes) whenever a save has just been made, and resumed: the same run, bit for bit."""
-    flags = ["--data", str(data), "--budget", "160steps", *SMALL, "--dropout", "0.1"]
+    flags = ["--data", str(data), "--budget", "240steps", *SMALL, "--dropout", "0.1"]
     cram.main([*flags, "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
     first = [sys.executable, str(HERE / "cram.py"), *flags, "--out", str(out)]
@@ -685,7 +685,7 @@ def test_resume_equals_uninterrupted(tmp_path, data):
                 kills += 1
                 break
             time.sleep(0.005)
-    assert kills == 2 and cram.load_checkpoint(out)["run"]["step"] < 160
+    assert kills and cram.load_checkpoint(out)["run"]["step"] < 240
     cram.main(["--resume", "--out", str(out), "--data", str(data)])
     assert_equal_runs(tmp_path / "whole", out)
 
