@@ -18,7 +18,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -30,6 +29,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -40,7 +40,6 @@ from torch import nn
 from torch.nn import functional as F
 
 # ------------------------------------------------------------------------------------------- settings
-
 
 def opt(default, help):
     """A dataclass field that is also a command-line flag: `help` is what -h shows."""
@@ -77,7 +76,7 @@ class Config:
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...")
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is")
     # the optimiser [4.3]
-    lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 at base, more for a narrower model")
+    lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 for base in a day, more for less")
     beta1: float = opt(0.9, "AdamW's decay of the mean gradient")
     beta2: float = opt(0.98, "AdamW's decay of the mean squared gradient")
     adam_eps: float = opt(1e-12, "AdamW's epsilon")
@@ -113,10 +112,7 @@ def show(text):
 
 
 def parse_flags(cls, argv, description):
-    """The flags typed in `argv` for the dataclass `cls`, as {field: value}; those not typed are left out.
-
-    Each field is a flag, `--lr 1e-3` or `--lr=1e-3`; a boolean may stand alone, a tuple takes several words.
-    """
+    """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=style)
     for field in dataclasses.fields(cls):
@@ -138,8 +134,7 @@ def convert(kinds, word):
         return {"true": True, "false": False}[word.lower()] if bool in kinds else kinds[0](word)
     except (KeyError, ValueError):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "auto"}
-        expected = " or ".join(names[kind] for kind in kinds)
-        raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}") from None
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected {' or '.join(names[k] for k in kinds)}") from None
 
 
 def make_config(given):
@@ -187,7 +182,6 @@ def check_config(cfg):
 
 # ---------------------------------------------------------------------------------------- the machine
 
-
 def choose_device(cfg):
     """(torch.device, dtype name, reason): what was asked for, or what this machine does best."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -206,8 +200,8 @@ def choose_device(cfg):
         return device, "bf16", "this GPU multiplies bf16 natively"
     if device.type == "cuda":
         return device, "fp16", "this GPU has no native bf16, so fp16 with loss scaling"
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    if device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(flags):
+    cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu):
         return device, "bf16", "this CPU multiplies bf16 natively"
     return device, "fp32", f"no native bf16 found on this {device.type}"
 
@@ -232,8 +226,8 @@ def time_of(work, device, repeats=3):
 def matmul_rate(device, dtype):
     """FLOP/s of a large matrix product here in this dtype: what MFU is a share of, measured, not looked up."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / time_of(lambda: a @ b, device, repeats=20)
+    a = torch.randn(n, n, device=device).to(DTYPES[dtype])
+    return 2 * n**3 / time_of(lambda: a @ a, device, repeats=20)
 
 
 def autocast(device, dtype):
@@ -267,7 +261,6 @@ def load_tokenizer(ranks, pattern=PATTERN):
 
 
 # ---------------------------------------------------------------------------------------------- model
-
 
 class Block(nn.Module):
     """A pre-norm transformer block: attention over all positions, then a gated feed-forward network [4.2]."""
@@ -324,16 +317,12 @@ class Model(nn.Module):
         return self.final_norm(x)
 
     def forward(self, tokens, where, targets=None):
-        """Logits (B, K, vocab) at positions `where` (B, K) of tokens (B, S), or their mean loss on targets (B, K).
-
-        Sparse prediction [4.2]: only the masked positions go through the decoder, the costliest matrix of all.
-        """
+        """Logits (B, K, vocab) at positions `where` (B, K) of tokens (B, S), or their mean loss on targets (B, K)."""
         x = self.encode(tokens)
+        # Sparse prediction [4.2]: only the masked positions go through the decoder, the costliest matrix of all.
         x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, width)
         logits = F.linear(x, self.embedding.weight)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self):
         """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a layer of attention."""
@@ -358,11 +347,9 @@ def sha256(path):
 def load_data(folder):
     """(manifest, text of the tokenizer file, train rows, val rows) of a folder made by prepare_data.py.
 
-    The rows are memory-mapped uint16 arrays (rows, seq_len). Stops with a sentence where the folder is unfinished
-    or a file is not the one that the manifest names.
+    The rows are memory-mapped uint16 arrays (rows, seq_len). Stops where a file is not the one in the manifest.
     """
-    folder = Path(folder)
-    again = f"prepare it again: python prepare_data.py --source ... --out {folder}"
+    folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     if not (folder / "meta.json").is_file():
         found = "is unfinished, for it has no meta.json" if folder.is_dir() else "does not exist"
         fail(f"data folder {folder} {found}: {again}")
@@ -384,27 +371,22 @@ def load_data(folder):
 
 
 def mask_counts(cfg, seq_len):
-    """(predicted, shown as [MASK], shown as a random token): counts for one row, the same for every row [4.3].
-
-    A fixed count gives every batch the same shape, which is what makes sparse prediction cheap.
-    """
+    """How many tokens of a row are (predicted, shown as [MASK], shown as a random token) [4.3]; of any row, so that
+    batches have one shape, which makes sparse prediction cheap."""
     count = max(1, round(cfg.mask_rate * seq_len))
     masked = round(cfg.mask_share * count)
     return count, masked, round((cfg.mask_share + cfg.random_share) * count) - masked
 
 
 def mask_rows(rows, cfg, vocab_size, generator):
-    """Hides part of `rows` (B, S): (tokens shown (B, S), positions to predict (B, K), the tokens there (B, K)).
-
-    A random token is any but the specials, which stand at the top of the vocabulary, [MASK] last.
-    """
+    """Hides part of `rows` (B, S): (tokens shown (B, S), positions to predict (B, K), the tokens there (B, K))."""
     count, masked, randoms = mask_counts(cfg, rows.shape[1])
     # The top K of uniform noise, by size, is a random choice of K positions in random order.
     where = torch.rand(rows.shape, generator=generator, device=rows.device).topk(count).indices
     targets = rows.gather(1, where)
     shown = targets.clone()
-    shown[:, :masked] = vocab_size - 1
-    words, shape = vocab_size - len(SPECIALS), (len(rows), randoms)
+    shown[:, :masked] = vocab_size - 1  # [MASK], the last of the specials
+    words, shape = vocab_size - len(SPECIALS), (len(rows), randoms)  # a random token is never a special one
     shown[:, masked : masked + randoms] = torch.randint(words, shape, generator=generator, device=rows.device)
     return rows.scatter(1, where, shown), where, targets
 
@@ -413,7 +395,7 @@ def row_numbers(start, count, total, planned, seed):
     """Which of `total` rows are reads `start` to `start + count` of a run that expects `planned` reads: (count,).
 
     The first pass keeps the order on disk [4.4]; where the budget buys less than a pass, it takes rows evenly from
-    all of it, so that a short run meets the whole of that order. Later passes are shuffled, each in its own way.
+    all of that order. Later passes are shuffled, each in its own way.
     """
     step = max(1.0, total / planned)
     length = int(total / step)  # rows in the first pass
@@ -443,7 +425,6 @@ def evaluate(model, batches, device, dtype):
 
 # -------------------------------------------------------------------------------- budget and schedule
 
-
 def parse_budget(text):
     """'5m' -> (300.0, 'seconds'). Units: s m h; steps, tokens and flops, which may have k, M, G or B before."""
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))", text)
@@ -472,9 +453,9 @@ def batch_at(p, cfg):
 def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size and cfg.lr where they are `auto`, and returns the tokens that the budget will buy.
 
-    The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about ten
-    thousand steps, which it takes to leave the unigram plateau (8 rows at least; 32 where the budget is in steps); a
-    narrower model bears a higher learning rate. Both by experiment: see "Short budgets" in the README.
+    The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about the
+    ten thousand steps that it takes to leave the unigram plateau; fewer tokens and a narrower model want a higher
+    learning rate: both by experiment, see "Short budgets" in the README.
     """
 
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
@@ -486,7 +467,8 @@ def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_
     if cfg.batch_size == "auto":
         cfg.batch_size = rows if rows <= cfg.micro_batch else rows // cfg.micro_batch * cfg.micro_batch
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    cfg.lr = 1e-3 * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
+    if cfg.lr == "auto":
+        cfg.lr = 1e-3 * (1e10 / max(tokens, 1)) ** (1 / 8) * (768 / cfg.width) ** (1 / 3)
     return tokens
 
 
@@ -531,7 +513,7 @@ def write_whole(path, write):
 
 
 def load_checkpoint(folder):
-    """The state that train saved in `folder`; stops with a sentence where there is none or it is no such file."""
+    """The state that train saved in `folder`; stops where there is none, or the file is damaged or something else."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
@@ -546,10 +528,7 @@ def load_checkpoint(folder):
 
 
 def load_model(folder, trained=True, **overrides):
-    """(Model, its tokenizer, the checkpoint's state) from the checkpoint in `folder` alone; overrides: of Config.
-
-    trained=False leaves the weights as they are initialised: the same model without its training.
-    """
+    """(Model, tokenizer, state) from the checkpoint in `folder` alone; trained=False: with new, random weights."""
     state = load_checkpoint(folder)
     cfg = Config(**{**state["config"], **overrides})
     model = Model(cfg, state["meta"]["vocab_size"], state["meta"]["seq_len"])
@@ -560,13 +539,10 @@ def load_model(folder, trained=True, **overrides):
 
 def open_log(path, step):
     """log.csv, open for appending, with a header and its rows up to `step`: where a resumed run goes on."""
-    rows = []
-    if step and path.is_file():
-        with open(path, newline="") as file:  # a power cut may have left a piece of a row
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
-            rows = [row for row in rows if int(row[0]) <= step]
-    text = "".join(",".join(row) + "\n" for row in (COLUMNS, *rows))
-    write_whole(path, lambda file: file.write(text.encode()))
+    lines = path.read_text().splitlines()[1:] if step and path.is_file() else []
+    rows = [line for line in lines if line.count(",") == len(COLUMNS) - 1]  # a power cut may leave a piece of one
+    rows = [",".join(COLUMNS), *(row for row in rows if int(row.split(",")[0]) <= step)]
+    write_whole(path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
     return open(path, "a", newline="")
 
 
@@ -597,10 +573,7 @@ def ticks(low, high):
 
 
 def draw_curves(path, curves, x_label):
-    """Writes an SVG of loss in nats against x, legible on light and on dark paper.
-
-    curves: (label, [(x, y), ...], style) each, with the style line, dots, or dash for the level of a single point.
-    """
+    """Writes an SVG of curves, each (label, [(x, loss in nats), ...], style): line, dots, or dash for one level."""
     points = [point for _, pairs, _ in curves for point in pairs]
     x_max, ys = max(x for x, _ in points) or 1, [y for _, y in points]
     low, high = min(ys) - 0.1, max(ys) + 0.1
@@ -668,8 +641,7 @@ def train(given):
     compilation count. Progress p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2].
     """
     cfg, state = resume_config(given) if given.get("resume") else (make_config(given), None)
-    device, dtype, reason = choose_device(cfg)
-    out = Path(cfg.out)
+    out, (amount, unit), (device, dtype, reason) = Path(cfg.out), parse_budget(cfg.budget), choose_device(cfg)
     if not state and not cfg.overwrite and (out / "checkpoint.pt").exists():
         fail(f"{out} holds a run already: add --resume to go on with it, --overwrite to replace it, or another --out")
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
@@ -681,16 +653,13 @@ def train(given):
     if state and state["meta"]["files"] != meta["files"]:
         fail(f"cannot resume: {cfg.data} is not the data that this run was trained on; name its folder with --data")
     vocab_size, seq_len, unigram = meta["vocab_size"], meta["seq_len"], meta["unigram_nats"]
-    amount, unit = parse_budget(cfg.budget)
     out.mkdir(parents=True, exist_ok=True)
 
     start = time.monotonic() - (state["run"]["seconds"] if state else 0.0)
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
-    compiled = cfg.compile
-    if compiled == "auto":  # where its compiler is there and the GPU is new enough for it
-        compiled = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-                    and torch.cuda.get_device_capability(device) >= (7, 0))
+    can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton")
+    compiled = bool(can_compile) if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
@@ -718,9 +687,9 @@ def train(given):
         optimizer.load_state_dict(state["optimizer"])
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])  # what dropout draws from
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        torch.set_rng_state(state["rng"][0])  # what dropout draws from
+        if len(state["rng"]) == 1 + torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"][1:])
     else:
         speed, left = 0.0, amount
         if unit == "seconds":  # what will they buy? A few passes, whose gradients are thrown away, tell
@@ -741,14 +710,12 @@ def train(given):
     log = open_log(out / "log.csv", run.logged)
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, feed-forward "
-          f"{cfg.ffn_width}; {size:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token\n"
-          f"machine  {device.type}, {dtype} ({reason}), {'compiled' if compiled else 'eager'}, matrix products at "
-          f"{machine_rate / 1e9:.0f} GFLOP/s\n"
-          f"data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens to train, {run.val_rows} to validate, "
-          f"vocabulary {vocab_size}, unigram line {unigram:.3f} nats\n"
-          f"budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.1f} M tokens: learning rate {cfg.lr:.2g}, "
-          f"batch {cfg.micro_batch} to {cfg.batch_size} rows", flush=True)
+    print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, feed-forward \
+{cfg.ffn_width}; {size:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
+machine  {device.type}, {dtype} ({reason}), {"compiled" if compiled else "eager"}, {machine_rate / 1e9:.0f} GFLOP/s
+data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
+budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.1f} M tokens: learning rate {cfg.lr:.2g}, \
+batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} rows""", flush=True)
     if state:
         print(f"resumed  at step {run.step}, after {run.seconds:.0f} s", flush=True)
 
@@ -776,20 +743,16 @@ def train(given):
         versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
         now = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-               "rng": torch.get_rng_state(), "meta": meta, "tokenizer": ranks, "versions": versions}
-        if device.type == "cuda":
-            now["cuda_rng"] = torch.cuda.get_rng_state()
+               "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "meta": meta, "tokenizer": ranks, "versions": versions}
         write_whole(out / "checkpoint.pt", lambda file: torch.save(now, file))
         draw_run(out, unigram)
         run.save_seconds = elapsed() - run.seconds
-
-    interrupted = []
 
     def interrupt(number, _):
         interrupted.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupted, handlers = [], {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     # Summed on the device, so that no micro-batch waits for a number to come back.
     loss_sum, grad_norm = torch.tensor(run.loss_sum, device=device), torch.tensor(run.grad_norm, device=device)
     p = progress()
@@ -860,12 +823,11 @@ def train(given):
     log.close()
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.1f} M tokens, {elapsed():.1f} s: validation loss "
           f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line\n"
-          f'wrote    {out}/checkpoint.pt, log.csv, curve.svg; try: python cram.py fill {out} "a [MASK] of words."')
+          f'try      python cram.py fill {out} "a [MASK] of words."')
     return run.val_loss
 
 
 # ------------------------------------------------------------------------------------------- commands
-
 
 def fill(folder, text, top=5):
     """For every [MASK] in `text`, its `top` most likely tokens: a list of lists of (token's text, probability)."""
@@ -873,22 +835,21 @@ def fill(folder, text, top=5):
     words = tokenizer.n_vocab - len(SPECIALS)  # ids below are text, and the specials follow
     sep, mask = words + SPECIALS.index("[SEP]"), words + SPECIALS.index("[MASK]")
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
-    first, *others = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
-    if not others:
-        fail(f"{text!r} has no [MASK]: write [MASK] where a word is to be found")
-    tokens = [sep, *tokenizer.encode_ordinary(normalise(first))]  # a document stands between [SEP]s, as in training
-    for part in others:
+    tokens = [sep]  # a document stands between [SEP]s, as in training
+    for part in re.split(r"\s*(\[MASK\])", text, flags=re.IGNORECASE):
         space = " " if part[:1].isspace() and part.strip() else ""
-        tokens += [mask, *tokenizer.encode_ordinary(space + normalise(part))]
+        is_mask = part.upper() == "[MASK]"
+        tokens += [mask] if is_mask else tokenizer.encode_ordinary(space + normalise(part))
     tokens.append(sep)
-    if len(tokens) > model.seq_len:
-        fail(f"the text has {len(tokens)} tokens, the model reads {model.seq_len}: shorten it")
     where = [i for i, token in enumerate(tokens) if token == mask]
+    if not where or len(tokens) > model.seq_len:
+        fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
+             f"found, and at most {model.seq_len} tokens")
     with torch.no_grad():
         logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, :words]  # (K, words)
     best = logits.softmax(-1).topk(top)
-    return [[(tokenizer.decode([token]), p) for token, p in zip(*pair, strict=True)]
-            for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [[(tokenizer.decode([token]), p) for token, p in zip(ids, values, strict=True)]
+            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def main(argv=None):
@@ -902,10 +863,9 @@ def main(argv=None):
     elif command == "fill" and len(rest) == 2:
         for i, answers in enumerate(fill(*rest), 1):
             print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))
-    elif command == "fill":
-        fail('fill takes a folder and a sentence: python cram.py fill out/cram "paris is the [MASK] of france."')
     else:
-        fail(f"unknown command {command!r}: expected train or fill, or flags (python cram.py -h lists them)")
+        what = "what to fill is not clear" if command == "fill" else f"unknown command {command!r}"
+        fail(f'{what}: expected train and its flags (-h lists them), or: fill OUT "a sentence with a [MASK]."')
 
 
 if __name__ == "__main__":
