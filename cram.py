@@ -9,13 +9,12 @@
 A masked language model reads rows of tokens in which a quarter of the positions are hidden, and learns to name
 what was there. The rules and the recipe are those of "Cramming: Training a Language Model on a Single GPU in One
 Day" (Geiping & Goldstein, arXiv 2212.14034), "the paper" below; [4.2] is its section 4.2. Read from top to bottom:
-settings, machine, tokenizer, model, data and masks, budget, checkpoint and log, the loop, the commands.
+settings, machine, tokenizer, model, data, budget, checkpoint and log, the loop, the commands.
 """
 
 import argparse
 import base64
 import csv
-import dataclasses
 import functools
 import hashlib
 import json
@@ -28,7 +27,8 @@ import signal
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 def opt(default, help):
     """A dataclass field that is also a command-line flag: `help` is what -h shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -93,10 +93,8 @@ class Config:
 
 
 RECIPES = {"cram": {}}  # name: values that differ from Config's defaults
-SIZES = {  # layers, width, heads, ffn_width
-    "tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (6, 512, 8, 2048),
-    "base": (16, 768, 12, 3072), "large": (24, 1024, 16, 4096),
-}
+SIZES = {"tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (6, 512, 8, 2048),
+         "base": (16, 768, 12, 3072), "large": (24, 1024, 16, 4096)}  # layers, width, heads, ffn_width
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -115,13 +113,12 @@ def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=style)
-    for field in dataclasses.fields(cls):
-        many = field.type is tuple
-        kinds = (str,) if many else get_args(field.type) or (field.type,)
-        extra = {"nargs": "+"} if many else {"nargs": "?", "const": True} if bool in kinds else {}
-        shown = " ".join(field.default) if many else field.default
-        text = f"{field.metadata['help']} (default: {shown or repr(shown)})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", metavar=field.name.upper(), help=text, default=argparse.SUPPRESS,
+    for f in fields(cls):
+        kinds = get_args(f.type) or (str if f.type is tuple else f.type,)
+        extra = {"nargs": "+"} if f.type is tuple else {"nargs": "?", "const": True} if bool in kinds else {}
+        shown = " ".join(f.default) if f.type is tuple else f.default
+        text = f"{f.metadata['help']} (default: {shown or repr(shown)})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", metavar=f.name.upper(), help=text, default=argparse.SUPPRESS,
                             type=functools.partial(convert, kinds), **extra)
     return vars(parser.parse_args(argv))
 
@@ -173,8 +170,7 @@ def check_config(cfg):
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected a width that splits into "
-             "heads of an even size, and an even ffn_width, for the gate takes half of it")
+        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected width to split into even heads, ffn_width in 2")
     if cfg.batch_size != "auto" and cfg.batch_size % cfg.micro_batch:
         fail(f"batch_size {cfg.batch_size} is no multiple of micro_batch {cfg.micro_batch}: change either")
     return cfg
@@ -196,31 +192,29 @@ def choose_device(cfg):
         fail(f"unknown dtype {cfg.dtype!r}: expected auto, {', '.join(DTYPES)}")
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return device, "bf16", "this GPU multiplies bf16 natively"
     if device.type == "cuda":
-        return device, "fp16", "this GPU has no native bf16, so fp16 with loss scaling"
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return device, *(("bf16", "native to this GPU") if native else ("fp16", "no bf16 here, so with loss scaling"))
     cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     if device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu):
-        return device, "bf16", "this CPU multiplies bf16 natively"
-    return device, "fp32", f"no native bf16 found on this {device.type}"
+        return device, "bf16", "native to this CPU"
+    return device, "fp32", "no native bf16 found"
 
 
-def synchronize(device):
-    """Waits for the device's queued work, so that a clock read after it is honest."""
+def clock(device):
+    """A monotonic clock in seconds, read when the device has done all of its queued work: an honest one."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+    return time.monotonic()
 
 
 def time_of(work, device, repeats=3):
     """Seconds that work() takes on the device, after a first call that warms up (and compiles)."""
     work()
-    synchronize(device)
-    start = time.perf_counter()
+    start = clock(device)
     for _ in range(repeats):
         work()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return max(1e-9, clock(device) - start) / repeats
 
 
 def matmul_rate(device, dtype):
@@ -345,10 +339,8 @@ def sha256(path):
 
 
 def load_data(folder):
-    """(manifest, text of the tokenizer file, train rows, val rows) of a folder made by prepare_data.py.
-
-    The rows are memory-mapped uint16 arrays (rows, seq_len). Stops where a file is not the one in the manifest.
-    """
+    """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by
+    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len), each file is the one in the manifest."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     if not (folder / "meta.json").is_file():
         found = "is unfinished, for it has no meta.json" if folder.is_dir() else "does not exist"
@@ -371,8 +363,7 @@ def load_data(folder):
 
 
 def mask_counts(cfg, seq_len):
-    """How many tokens of a row are (predicted, shown as [MASK], shown as a random token) [4.3]; of any row, so that
-    batches have one shape, which makes sparse prediction cheap."""
+    """How many tokens of any row are (predicted, shown as [MASK], shown as a random token) [4.3]."""
     count = max(1, round(cfg.mask_rate * seq_len))
     masked = round(cfg.mask_share * count)
     return count, masked, round((cfg.mask_share + cfg.random_share) * count) - masked
@@ -392,11 +383,9 @@ def mask_rows(rows, cfg, vocab_size, generator):
 
 
 def row_numbers(start, count, total, planned, seed):
-    """Which of `total` rows are reads `start` to `start + count` of a run that expects `planned` reads: (count,).
-
-    The first pass keeps the order on disk [4.4]; where the budget buys less than a pass, it takes rows evenly from
-    all of that order. Later passes are shuffled, each in its own way.
-    """
+    """Which of `total` rows are reads `start` to `start + count` of a run that expects `planned` reads: (count,)."""
+    # The first pass keeps the order on disk [4.4]; where the budget buys less than a pass, it takes rows evenly from
+    # all of that order. Later passes are shuffled, each in its own way.
     step = max(1.0, total / planned)
     length = int(total / step)  # rows in the first pass
     reads = np.arange(start, start + count)
@@ -427,11 +416,8 @@ def evaluate(model, batches, device, dtype):
 
 def parse_budget(text):
     """'5m' -> (300.0, 'seconds'). Units: s m h; steps, tokens and flops, which may have k, M, G or B before."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))", text)
-    try:
-        amount = float(match[1])
-    except (TypeError, ValueError):
-        amount = 0
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))", text)
+    amount = float(match[1]) if match else 0
     if not 0 < amount < math.inf:
         fail(f"budget {text!r} is not understood: expected one like 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops")
     scale = {"s": 1, "m": 60, "h": 3600, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2] or match[3]]
@@ -519,11 +505,11 @@ def load_checkpoint(folder):
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
-        found = state["format"]
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(state["format"])
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        fail(f"{path} is damaged or no checkpoint of cram.py ({type(error).__name__}): use a copy, or train again")
-    if found != CHECKPOINT_FORMAT:
-        fail(f"{path} has format {found}, this cram.py reads {CHECKPOINT_FORMAT}: use the version that wrote it")
+        fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): use a copy, "
+             "the version that wrote it, or train again")
     return state
 
 
@@ -549,9 +535,9 @@ def open_log(path, step):
 def show_progress(row, left):
     """One line about a row of the log: rewritten in place on a terminal, a line of its own in a file."""
     val = f" val {row['val_loss']:.3f}" if row["val_loss"] else ""
-    line = (f"[{'#' * int(20 * row['progress']):.<20}] {row['progress']:6.1%} step {row['step']} "
-            f"loss {row['train_loss']:.3f}{val} lr {row['lr']:.1e} batch {row['batch_rows']} "
-            f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left")
+    line = (f"[{'#' * int(20 * row['progress']):.<20}] {row['progress']:6.1%} step {row['step']} loss "
+            f"{row['train_loss']:.3f}{val} lr {row['lr']:.1e} batch {row['batch_rows']} "
+            f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s {timedelta(seconds=int(left))} left")
     show(line)
     if val or not sys.stdout.isatty():
         print("" if sys.stdout.isatty() else line, flush=True)
@@ -599,8 +585,7 @@ def draw_curves(path, curves, x_label):
 
 def draw_run(folder, unigram):
     """folder/curve.svg from the rows of folder/log.csv, if there are any yet."""
-    with open(Path(folder) / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((Path(folder) / "log.csv").read_text().splitlines()))
     curves = [(label, [(float(row["tokens"]) / 1e6, float(row[name])) for row in rows if row[name]], style)
               for label, name, style in (("training", "train_loss", "line"), ("validation", "val_loss", "dots"))]
     if rows:
@@ -646,7 +631,6 @@ def train(given):
         fail(f"{out} holds a run already: add --resume to go on with it, --overwrite to replace it, or another --out")
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
         import prepare_data  # not at the top, for it imports this file
-
         print(f"{cfg.data} is not there yet: preparing the embedded corpus", flush=True)
         prepare_data.main(["--out", cfg.data])
     meta, ranks, train_rows, val_rows = load_data(cfg.data)
@@ -654,8 +638,7 @@ def train(given):
         fail(f"cannot resume: {cfg.data} is not the data that this run was trained on; name its folder with --data")
     vocab_size, seq_len, unigram = meta["vocab_size"], meta["seq_len"], meta["unigram_nats"]
     out.mkdir(parents=True, exist_ok=True)
-
-    start = time.monotonic() - (state["run"]["seconds"] if state else 0.0)
+    start = clock(device) - (state["run"]["seconds"] if state else 0.0)
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
     can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton")
@@ -667,9 +650,9 @@ def train(given):
     masks = torch.Generator(device)
     run = Run(**state["run"]) if state else Run(val_rows=min(cfg.val_rows, len(val_rows)))
     # The validation rows are masked once, on the CPU, with default settings and one seed: figures of runs compare.
-    val = torch.from_numpy(val_rows[: run.val_rows].astype(np.int64))
-    val = mask_rows(val, Config(), vocab_size, torch.Generator().manual_seed(0))
-    val = list(zip(*(part.to(device).split(64) for part in val), strict=True))
+    val = mask_rows(torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64)), Config(), vocab_size,
+                    torch.Generator().manual_seed(0))
+    val = list(zip(*(part.to(device).split(64) for part in val), strict=True))[: math.ceil(run.val_rows / 64)]
 
     def loss_of(rows):
         """The mean loss over the run's next `rows` rows, with masks drawn for them."""
@@ -700,7 +683,7 @@ def train(given):
             seconds = time_of(lambda: evaluate(model, val[:1], device, dtype), device, 1)
             val = val[: max(1, int(0.1 * amount / seconds))]
             run.val_rows, run.reserve = sum(len(batch[0]) for batch in val), min(seconds * len(val), 0.1 * amount)
-            left = max(1.0, amount - run.reserve - (time.monotonic() - start))
+            left = max(1.0, amount - run.reserve - (clock(device) - start))
         tokens = choose_batch_and_lr(cfg, left, unit, seq_len, flops_per_token, speed)
         run.planned_rows = math.ceil(tokens / seq_len)
         # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
@@ -715,13 +698,11 @@ def train(given):
 machine  {device.type}, {dtype} ({reason}), {"compiled" if compiled else "eager"}, {machine_rate / 1e9:.0f} GFLOP/s
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
 budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.1f} M tokens: learning rate {cfg.lr:.2g}, \
-batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} rows""", flush=True)
-    if state:
-        print(f"resumed  at step {run.step}, after {run.seconds:.0f} s", flush=True)
+batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} rows
+start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
 
     def elapsed():
-        synchronize(device)
-        return time.monotonic() - start
+        return clock(device) - start
 
     def progress():
         if unit == "seconds":
@@ -740,10 +721,10 @@ batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} r
         if not scaler.is_enabled():  # fp16 overflows now and then: its scaler skips such a step
             check_finite("gradient", run.grad_norm)
         run.seconds, run.saved = elapsed(), p
-        versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
-        now = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run),
+        now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run),
                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-               "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "meta": meta, "tokenizer": ranks, "versions": versions}
+               "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "meta": meta, "tokenizer": ranks,
+               "versions": {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}}
         write_whole(out / "checkpoint.pt", lambda file: torch.save(now, file))
         draw_run(out, unigram)
         run.save_seconds = elapsed() - run.seconds
@@ -751,7 +732,6 @@ batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} r
     def interrupt(number, _):
         interrupted.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-
     interrupted, handlers = [], {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     # Summed on the device, so that no micro-batch waits for a number to come back.
     loss_sum, grad_norm = torch.tensor(run.loss_sum, device=device), torch.tensor(run.grad_norm, device=device)
@@ -814,13 +794,13 @@ batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} r
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    log.close()
     if interrupted:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
         raise SystemExit(128 + interrupted[0])
     if not run.step:
         fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one")
     save()
-    log.close()
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.1f} M tokens, {elapsed():.1f} s: validation loss "
           f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line\n"
           f'try      python cram.py fill {out} "a [MASK] of words."')
@@ -838,8 +818,7 @@ def fill(folder, text, top=5):
     tokens = [sep]  # a document stands between [SEP]s, as in training
     for part in re.split(r"\s*(\[MASK\])", text, flags=re.IGNORECASE):
         space = " " if part[:1].isspace() and part.strip() else ""
-        is_mask = part.upper() == "[MASK]"
-        tokens += [mask] if is_mask else tokenizer.encode_ordinary(space + normalise(part))
+        tokens += [mask] if part.upper() == "[MASK]" else tokenizer.encode_ordinary(space + normalise(part))
     tokens.append(sep)
     where = [i for i, token in enumerate(tokens) if token == mask]
     if not where or len(tokens) > model.seq_len:
@@ -847,9 +826,8 @@ def fill(folder, text, top=5):
              f"found, and at most {model.seq_len} tokens")
     with torch.no_grad():
         logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, :words]  # (K, words)
-    best = logits.softmax(-1).topk(top)
-    return [[(tokenizer.decode([token]), p) for token, p in zip(ids, values, strict=True)]
-            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    best = [part.tolist() for part in logits.softmax(-1).topk(top)]  # probabilities and tokens, each (K, top)
+    return [[(tokenizer.decode([token]), p) for p, token in zip(*pair, strict=True)] for pair in zip(*best, strict=True)]
 
 
 def main(argv=None):

@@ -821,7 +821,7 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
         assert "is not understood: expected one like 90s" in run(f"--budget={budget}")
     assert "unknown command 'tarin'" in message(cram.main, ["tarin"])
     assert "no multiple of micro_batch" in run("--batch_size", "100", "--micro_batch", "64")
-    assert "expected a width that splits into heads" in run("--width", "100", "--heads", "3")
+    assert "expected width to split into even heads" in run("--width", "100", "--heads", "3")
     assert "mask_rate is 1.5" in run("--mask_rate", "1.5")
     assert "unknown dtype" in run("--dtype", "int8")
     assert "cannot be used here" in run("--device", "abacus")
@@ -842,11 +842,11 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
     (tmp_path / "o").mkdir()
     for content in (b"", b"not a checkpoint", (trained / "checkpoint.pt").read_bytes()[:3000]):
         (tmp_path / "o/checkpoint.pt").write_bytes(content)
-        assert "is damaged or no checkpoint" in run("--resume")
+        assert "is damaged, or no checkpoint" in run("--resume")
     torch.save({"format": 1, "code": Path}, tmp_path / "o/checkpoint.pt")  # a pickled object is code, and refused
-    assert "is damaged or no checkpoint" in run("--resume")
+    assert "is damaged, or no checkpoint" in run("--resume")
     torch.save({"format": 99}, tmp_path / "o/checkpoint.pt")
-    assert "has format 99" in run("--resume")
+    assert "is damaged, or no checkpoint of this version" in run("--resume")
     assert "has 0 times [MASK]" in message(cram.main, ["fill", str(trained), "nothing to fill"])
     assert "at most 32 tokens" in message(cram.main, ["fill", str(trained), "word " * 60 + "[MASK]"])
     assert "what to fill is not clear" in message(cram.main, ["fill", str(trained)])
