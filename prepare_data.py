@@ -53,6 +53,8 @@ KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
 C4_URL = ("https://huggingface.co/datasets/allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
           "c4-train.{:05}-of-01024.json.gz")
 C4_SHARD_DOCS, C4_DAY = 350_000, 21_000_000  # documents in a shard, at least; and for a day of training
+DOWNLOADS = Path("data/downloads")
+BPE_BYTES = 1e8  # of text on which the merges are learnt, taken from the start of every file
 
 
 @dataclass
@@ -69,9 +71,7 @@ class Options:
                     "sentences (most full stops first) or none (shuffled) [4.4]")
     val_share: float = opt(0.0, "share of the documents held out for validation; 0: 0.05 for docs, else 0.01")
     max_docs: int = opt(0, "stop after so many lines of .jsonl, and files of other kinds; 0: all, or a day's worth of c4")
-    bpe_mb: int = opt(100, "MB of text on which the merges are learnt, taken from the start of every file")
     workers: int = opt(0, "processes; 0: one a CPU core. The files written do not depend on it")
-    downloads: str = opt("data/downloads", "folder that keeps what was downloaded")
     seed: int = opt(0, "seed of the row order where it is random")
 
 
@@ -83,57 +83,58 @@ class BadInput(Exception):
 
 
 def download(url, path, tries=8):
-    """Fetches `url` to `path`, which appears when it is whole; what a broken connection left in path.part is kept.
+    """Fetches `url` to `path`, which appears when it is whole; path.part keeps what a broken connection left.
 
-    Resumes with Range where the server allows it, waits and tries again on dropped connections, 429 and 5xx (as long
-    as Retry-After says), and gives up after `tries` failures in a row with a sentence.
+    Goes on from there (Range), waits and tries again on dropped connections, 429 and 5xx, as long as Retry-After
+    says, and gives up with a sentence after `tries` failures in a row.
     """
-    if path.exists():
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures, problem, most = Path(f"{path}.part"), 0, "", 0
-    while failures < tries:
-        have = part.stat().st_size if part.exists() else 0
+    part, failures, most, problem = Path(f"{path}.part"), 0, 0, ""
+    while failures < tries and not path.exists():
+        have, wait = part.stat().st_size if part.exists() else 0, min(60, 2**failures)
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        wait = min(60, 2**failures)
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
-                status, kind = answer.status_code, answer.headers.get("Content-Type", "")
+                status, told = answer.status_code, answer.headers
                 problem = f"the server answered {status} {answer.reason}"
-                if status in (200, 206) and kind.startswith("text/html"):
-                    raise BadInput(f"{url} is a web page, expected a file: check the address, or a proxy that asks for a login")
-                if status in (200, 206):
-                    have = have if status == 206 else 0  # 200: the server ignores Range and sends it from the start
-                    total = have + int(answer.headers.get("Content-Length", 0))
+                if status in (200, 206) and not told.get("Content-Type", "").startswith("text/html"):
+                    have = have if status == 206 else 0  # 200: the server ignores Range and sends all of it
+                    total = have + int(told.get("Content-Length", 0))
                     if total - have > shutil.disk_usage(path.parent).free:
                         raise BadInput(f"{url} has {total / 1e6:.0f} MB, more than is free in {path.parent}: make room")
-                    started = time.monotonic()
-                    with open(part, "ab" if have else "wb") as file:
-                        for block in answer.iter_content(2**16):
-                            file.write(block)
-                            rate = (file.tell() - have) / max(1e-9, time.monotonic() - started)
-                            show(f"{path.name} {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                                 f"{max(0, total - file.tell()) / rate:.0f} s left")
-                    if not total or part.stat().st_size == total:
+                    problem = f"the connection closed before the end of {total} bytes"
+                    if fetch(answer, part, have, total) == total:
                         os.replace(part, path)
-                        return
-                    problem = f"the connection closed at {part.stat().st_size} of {total} bytes"
-                elif status == 416 and answer.headers.get("Content-Range", "") == f"bytes */{have}":
-                    os.replace(part, path)  # all of it had arrived before
-                    return
+                elif status == 416 and told.get("Content-Range") == f"bytes */{have}":  # all of it had arrived before
+                    os.replace(part, path)
                 elif status == 416:  # the part is no start of this file
                     part.unlink(missing_ok=True)
                 elif status != 429 and status < 500:
-                    raise BadInput(f"{url}: {problem}. Check the address")
-                elif answer.headers.get("Retry-After", "").isdigit():
-                    wait = min(600, int(answer.headers["Retry-After"]))
+                    problem += "" if status >= 400 else " with a web page, expected a file"
+                    raise BadInput(f"{url}: {problem}. Check the address, or a proxy that asks for a login")
+                elif told.get("Retry-After", "").isdigit():
+                    wait = min(600, int(told["Retry-After"]))
         except requests.RequestException as error:
             problem = f"no connection, or it broke ({type(error).__name__})"
-        have = part.stat().st_size if part.exists() else 0
-        failures, most = (0, have) if have > most else (failures + 1, most)
-        time.sleep(wait)
-    raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
-                   "what has arrived is kept")
+        if not path.exists():
+            have = part.stat().st_size if part.exists() else 0
+            failures, most = (0, have) if have > most else (failures + 1, most)
+            time.sleep(wait)
+    if not path.exists():
+        raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
+                       "what has arrived is kept")
+
+
+def fetch(answer, part, have, total):
+    """Writes the body of an answer to the file `part` from byte `have` on, and returns the file's size."""
+    started = time.monotonic()
+    with open(part, "ab" if have else "wb") as file:
+        for block in answer.iter_content(2**16):
+            file.write(block)
+            rate = (file.tell() - have) / max(1e-9, time.monotonic() - started)
+            show(f"{part.stem} {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+                 f"{(total - file.tell()) / rate:.0f} s left")
+        return file.tell()
 
 
 # ----------------------------------------------------------------------------------- reading documents
@@ -149,7 +150,7 @@ def find_files(options):
                 if not skip & set(path.relative_to(root).parts)]
     if options.source == ["c4"]:
         shards = min(1024, math.ceil(options.max_docs / C4_SHARD_DOCS))
-        paths = [Path(options.downloads) / C4_URL.format(i).rsplit("/", 1)[1] for i in range(shards)]
+        paths = [DOWNLOADS / C4_URL.format(i).rsplit("/", 1)[1] for i in range(shards)]
         for i, path in enumerate(paths):
             show(f"shard {i + 1} of {shards}")
             download(C4_URL.format(i), path)
@@ -216,19 +217,16 @@ def documents(chunk):
             continue
         try:
             text = raw.decode().removeprefix("\ufeff")  # the mark with which some editors begin a file
-            if kind == "python":
-                yield from docstrings(text)
-                continue
-            if kind == "jsonl" and not text.strip():
-                continue
-            text = json.loads(text)["text"] if kind == "jsonl" else text
-            if not isinstance(text, str):
-                raise TypeError
+            if kind == "jsonl" and text.strip():
+                text = json.loads(text)["text"] + ""  # a text that is no string is a TypeError too
         except UnicodeDecodeError as error:
             raise BadInput(f"{where} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f'{where} is not JSON with a "text": expected one {{"text": "..."}} object a line') from error
-        yield text
+        if kind == "python":
+            yield from docstrings(text)
+        elif text.strip() or kind != "jsonl":
+            yield text
 
 
 def docstrings(code):
@@ -397,30 +395,24 @@ def read_rows(path, seq_len, rows=CHUNK // 32):
             yield tokens.reshape(-1, seq_len)
 
 
-def unigram(path, seq_len, vocab_size):
-    """Occurrences (vocab_size,) of each token in a file of rows."""
-    counts = np.zeros(vocab_size, np.int64)
-    for rows in read_rows(path, seq_len):
-        counts += np.bincount(rows.ravel(), minlength=vocab_size)
-    return counts
+def count_tokens(path, seq_len, vocab_size):
+    """How often each token occurs in a file of rows: (vocab_size,)."""
+    return sum(np.bincount(rows.ravel(), minlength=vocab_size) for rows in read_rows(path, seq_len))
 
 
 def row_keys(path, how, seq_len, log_probability, stops, seed):
-    """A number for each row, by which sort_rows orders them; float32 (rows,)."""
-    rng, keys = np.random.default_rng(seed), [np.zeros(0, np.float32)]
+    """A number for each row, by which sort_rows orders them: float32 (rows,)."""
+    rng, keys = np.random.default_rng(seed), []
     for rows in read_rows(path, seq_len):
-        if how == "prevalence":
-            key = -log_probability[rows].mean(1)
-        else:
-            key = rng.random(len(rows)) - (stops[rows].sum(1) if how == "sentences" else 0)
-        keys.append(key.astype(np.float32))
+        key = -log_probability[rows].mean(1) if how == "prevalence" else rng.random(len(rows))
+        keys.append(np.float32(key - stops[rows].sum(1) if how == "sentences" else key))
     return np.concatenate(keys)
 
 
 def sort_rows(source, target, keys, seq_len):
-    """Moves the rows of `source` to `target`, smallest key first, equal ones in their order, through buckets in files.
+    """Moves the rows of `source` to `target`, smallest key first, equal ones in their order.
 
-    Each bucket holds the rows of a range of keys and is small enough to be sorted in memory: no random access.
+    They go through files that hold a range of keys each and are small enough to be sorted in memory.
     """
     buckets = min(200, max(1, len(keys) * seq_len * 2 // (64 * CHUNK)))  # of 64 MB, and no more open files than allowed
     sample = keys[:: max(1, len(keys) // 1_000_000)]
@@ -460,8 +452,7 @@ def check_options(options):
         fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
     if options.sort not in ("prevalence", "sentences", "none"):
         fail(f"unknown sort {options.sort!r}: expected prevalence, sentences or none")
-    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("bpe_mb", 1, 1e6),
-                            ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
+    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
         if not low <= getattr(options, name) <= high:
             fail(f"{name} is {getattr(options, name)}: expected {low:g} to {high:g}")
 
@@ -502,7 +493,7 @@ def prepare(options, files, out):
     def stage_done(name):
         seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 1)
 
-    share = min(1.0, options.bpe_mb * 1e6 / (1 + sum(text_bytes(path) for path, kind in files if kind != "python")))
+    share = min(1.0, BPE_BYTES / (1 + sum(text_bytes(path) for path, kind in files if kind != "python")))
     words = Counter()
     for counts in parallel(count_words, chunked(read_items(files, share)), options.workers):
         words.update(counts)
@@ -543,7 +534,7 @@ def prepare(options, files, out):
     if not rows["train"] or not rows["val"]:
         raise BadInput(f"too little text: {seen['read']} documents gave {rows['train']} rows of {options.seq_len} "
                        f"tokens to train on and {rows['val']} to validate; give more, or a larger --val_share or --filter")
-    trained, found = (unigram(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
+    trained, found = (count_tokens(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
     log_probability = np.log((trained + 1) / (trained + 1).sum())
     unigram_nats = float(-(found * log_probability).sum() / found.sum())
     stops = np.array([token.count(b".") for token in tokens] + [0] * len(SPECIALS))

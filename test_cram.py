@@ -326,7 +326,7 @@ def test_downloads_arrive_whole(tmp_path, server, answers, ranges):
 
 def test_downloads_that_fail_say_so(tmp_path, server):
     plan, asked, waits, _ = server
-    for answer, expected in ((404, "answered 404"), ("html", "is a web page"), (503, "could not be downloaded: the server answered 503")):
+    for answer, expected in ((404, "answered 404"), ("html", "with a web page"), (503, "could not be downloaded: the server answered 503")):
         plan[:] = [answer]
         with pytest.raises(prepare_data.BadInput, match=expected):
             prepare_data.download(prepare_data.C4_URL.format(1), tmp_path / "x.gz")
@@ -336,10 +336,11 @@ def test_downloads_that_fail_say_so(tmp_path, server):
     assert waits[-8:] == [1, 2, 4, 8, 16, 32, 60, 60]  # each wait longer than the last, to a minute
 
 
-def test_c4_is_downloaded_and_prepared(tmp_path, server):
+def test_c4_is_downloaded_and_prepared(tmp_path, server, monkeypatch):
     plan, asked, _, _ = server
     plan += ["drop", "whole"]
-    flags = ["--source", "c4", "--downloads", str(tmp_path / "got"), "--vocab_size", "300", "--seq_len", "32",
+    monkeypatch.setattr(prepare_data, "DOWNLOADS", tmp_path / "got")
+    flags = ["--source", "c4", "--vocab_size", "300", "--seq_len", "32",
              "--workers", "1", "--filter", "5"]
     prepare_data.main([*flags, "--max_docs", "2000", "--out", str(tmp_path / "c4")])
     assert json.loads((tmp_path / "c4/meta.json").read_text())["documents"]["read"] == 2000
@@ -365,6 +366,12 @@ def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
     documents = json.loads((tmp_path / "d/meta.json").read_text())["documents"]
     assert documents["read"] == 1399 and documents["too_long"] == 1 and documents["filtered"] == 0
     assert documents["kept"] == 1398
+    loop = tmp_path / "loop.txt"
+    loop.symlink_to(loop)
+    assert "no such file" in message(prepare_data.main, ["--source", str(loop), "--out", str(tmp_path / "l"), *PREPARE])
+    (tmp_path / "not.jsonl.gz").write_bytes(b"no gzip at all")
+    text = message(prepare_data.main, ["--source", str(tmp_path / "not.jsonl.gz"), "--out", str(tmp_path / "l"), *PREPARE])
+    assert "not.jsonl.gz cannot be read (Not a gzipped file" in text
     monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     text = message(prepare_data.main, ["--source", str(folder), "--out", str(tmp_path / "full"), *PREPARE])
     assert "0.0 GB free" in text and not (tmp_path / "full").exists()
