@@ -76,7 +76,7 @@ class Config:
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...")
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is")
     # the optimiser [4.3]
-    lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 for base in a day, more for less")
+    lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 for base, more for a narrower model")
     beta1: float = opt(0.9, "AdamW's decay of the mean gradient")
     beta2: float = opt(0.98, "AdamW's decay of the mean squared gradient")
     adam_eps: float = opt(1e-12, "AdamW's epsilon")
@@ -440,8 +440,8 @@ def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_
     """Fills in cfg.batch_size and cfg.lr where they are `auto`, and returns the tokens that the budget will buy.
 
     The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about the
-    ten thousand steps that it takes to leave the unigram plateau; fewer tokens and a narrower model want a higher
-    learning rate: both by experiment, see "Short budgets" in the README.
+    ten thousand steps that it takes to leave the unigram plateau; a narrower model wants a higher learning rate:
+    both by experiment, see "Short budgets" in the README.
     """
 
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
@@ -453,8 +453,7 @@ def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_
     if cfg.batch_size == "auto":
         cfg.batch_size = rows if rows <= cfg.micro_batch else rows // cfg.micro_batch * cfg.micro_batch
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    if cfg.lr == "auto":
-        cfg.lr = 1e-3 * (1e10 / max(tokens, 1)) ** (1 / 8) * (768 / cfg.width) ** (1 / 3)
+    cfg.lr = 1e-3 * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     return tokens
 
 

@@ -212,7 +212,7 @@ def finetune(task, train, dev, options, seed, device, dtype):
     model = Classifier(encoder, len(task.labels or (0,)), options.head_width, options.dropout).to(device)
     pad_id = tokenizer.n_vocab - len(SPECIALS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(options.beta1, options.beta2), eps=options.adam_eps,
-                                  weight_decay=0.0, fused=True)  # fmt: skip
+                                  weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     rows, labels = train
     lengths = np.array([len(row) for row in rows])
@@ -271,7 +271,7 @@ def main(argv=None):
     print(f"model    {what}: {model.cfg.recipe}, {model.cfg.layers} layers, width {model.cfg.width}\n"
           f"machine  {device.type}, {dtype} ({reason})\n"
           f"setting  {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}, seeds 0 to {options.seeds - 1}",
-          flush=True)  # fmt: skip
+          flush=True)
     table = []
     for name in names:
         task, started = TASKS[name], time.monotonic()
@@ -279,7 +279,7 @@ def main(argv=None):
         scores = [finetune(task, train, dev, options, seed, device, dtype) for seed in range(options.seeds)]
         median = statistics.median(scores) if all(map(math.isfinite, scores)) else math.nan
         table.append(f"| {name} | {task.metric.__name__} | {100 * median:.1f} | {100 * min(scores):.1f} to "
-                     f"{100 * max(scores):.1f} | {len(train[0])} / {len(dev[0])} | {time.monotonic() - started:.0f} |")  # fmt: skip
+                     f"{100 * max(scores):.1f} | {len(train[0])} / {len(dev[0])} | {time.monotonic() - started:.0f} |")
         show("")
         print(f"{name:8} {task.metric.__name__} {' '.join(f'{100 * score:.1f}' for score in scores)}", flush=True)
         if not math.isfinite(median):
