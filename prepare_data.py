@@ -99,11 +99,11 @@ def download(url, path, tries=8):
                 problem = f"the server answered {status} {answer.reason}"
                 if status in (200, 206) and not told.get("Content-Type", "").startswith("text/html"):
                     have = have if status == 206 else 0  # 200: the server ignores Range and sends all of it
-                    total = have + int(told.get("Content-Length", 0))
-                    if total - have > shutil.disk_usage(path.parent).free:
-                        raise BadInput(f"{url} has {total / 1e6:.0f} MB, more than is free in {path.parent}: make room")
-                    problem = f"the connection closed before the end of {total} bytes"
-                    if fetch(answer, part, have, total) == total:
+                    length = int(told.get("Content-Length", 0))
+                    if length > shutil.disk_usage(path.parent).free:
+                        raise BadInput(f"{url} needs {length / 1e6:.0f} MB, more than is free in {path.parent}: make room")
+                    problem = f"the connection closed before {length} bytes had come"
+                    if fetch(answer, part, have, have + length) == have + length or not length:
                         os.replace(part, path)
                 elif status == 416 and told.get("Content-Range") == f"bytes */{have}":  # all of it had arrived before
                     os.replace(part, path)
