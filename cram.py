@@ -1,7 +1,7 @@
 """Cramming: train a language model from scratch, on one GPU, within a budget.
 
     python cram.py                                   # a laptop: prepares the embedded corpus, trains 5 minutes
-    python cram.py --budget 60steps --overwrite      # a smoke test, seconds
+    python cram.py --budget 60steps --out out/smoke  # a smoke test, seconds
     python cram.py --data data/mine --budget 24h     # the real thing: one GPU, one day, the paper's recipe
     python cram.py --resume --out out/cram           # go on after a power cut with what is left of the budget
     python cram.py fill out/cram "returns a new [MASK] with the same shape."
@@ -151,7 +151,7 @@ def make_config(given):
     return check_config(cfg)
 
 
-LIMITS = {  # of numeric settings: those above 0, those from 0, shares, shares without their ends
+LIMITS = {  # what is expected: (of which settings, lowest, highest)
     "a number above 0": ("layers width heads ffn_width lr micro_batch batch_size val_rows log_every", 1e-30, math.inf),
     "a number from 0": ("seed norm_eps init_std adam_eps weight_decay grad_clip", 0, math.inf),
     "a share from 0 to 1": ("lr_start mask_share random_share batch_ramp", 0, 1),
@@ -241,14 +241,14 @@ CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
 
 def normalise(text):
     """The paper's normalisation [4.4]: NFD, lower case, no accents, ASCII only, runs of white space folded."""
-    if not text.isascii():
-        text = " ".join(unicodedata.normalize("NFD", text).split())  # accents stand alone now, to be dropped below
+    if not text.isascii():  # NFD cuts an accent off its letter and split() knows all spaces; then ASCII drops the rest
+        text = " ".join(unicodedata.normalize("NFD", text).split())
     return " ".join(text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode().split())
 
 
-def load_tokenizer(ranks, pattern=PATTERN):
+def load_tokenizer(text, pattern=PATTERN):
     """A tiktoken.Encoding from the text of a tokenizer.tiktoken file: base64 token, space, rank on each line."""
-    pairs = (line.split() for line in ranks.splitlines() if line)
+    pairs = (line.split() for line in text.splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return tiktoken.Encoding("cram", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -340,7 +340,7 @@ def sha256(path):
 
 def load_data(folder):
     """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by
-    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len), each file is the one in the manifest."""
+    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len); sizes and checksums are checked."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     if not (folder / "meta.json").is_file():
         found = "is unfinished, for it has no meta.json" if folder.is_dir() else "does not exist"
@@ -437,13 +437,12 @@ def batch_at(p, cfg):
 
 
 def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
-    """Fills in cfg.batch_size and cfg.lr where they are `auto`, and returns the tokens that the budget will buy.
+    """Fills in cfg.batch_size and cfg.lr where they are `auto`; returns the tokens that the budget is to buy.
 
-    The paper's values fit 1e10 tokens at width 768. A batch in proportion to the tokens gives every budget about the
-    ten thousand steps that it takes to leave the unigram plateau; a narrower model wants a higher learning rate:
-    both by experiment, see "Short budgets" in the README.
+    The paper's values fit 1e10 tokens at width 768. The batch is in proportion to the tokens, from 8 rows up, or a
+    short run takes too few steps to leave the unigram plateau; a narrower model takes a higher learning rate. Both
+    by experiment: "Short budgets" in the README.
     """
-
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
         rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
         tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
@@ -480,7 +479,7 @@ class Run:
     grad_norm: float = 0.0  # before clipping
     loss_sum: float = 0.0  # of the micro-batches since the last row of the log ...
     loss_count: int = 0  # ... and how many they are
-    planned_rows: int = 1  # that the budget will buy, as estimated at the start, as the rest
+    planned_rows: int = 1  # that the budget was expected to buy, at the start
     planned_evals: int = 0
     val_rows: int = 0
     reserve: float = 0.0  # seconds kept for the last evaluation and save
@@ -648,7 +647,8 @@ def train(given):
     flops_per_token, machine_rate = model.flops_per_token(), matmul_rate(device, dtype)
     masks = torch.Generator(device)
     run = Run(**state["run"]) if state else Run(val_rows=min(cfg.val_rows, len(val_rows)))
-    # The validation rows are masked once, on the CPU, with default settings and one seed: figures of runs compare.
+    # The validation rows are masked once, on the CPU, with default settings and one seed: figures of runs compare,
+    # if val_rows is the same (a short time budget gets fewer).
     val = mask_rows(torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64)), Config(), vocab_size,
                     torch.Generator().manual_seed(0))
     val = list(zip(*(part.to(device).split(64) for part in val), strict=True))[: math.ceil(run.val_rows / 64)]
@@ -688,7 +688,6 @@ def train(given):
         # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
         run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / run.val_rows))
         torch.manual_seed(cfg.seed)
-        (out / "checkpoint.pt").unlink(missing_ok=True)  # --overwrite
     log = open_log(out / "log.csv", run.logged)
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -736,16 +735,16 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     loss_sum, grad_norm = torch.tensor(run.loss_sum, device=device), torch.tensor(run.grad_norm, device=device)
     p = progress()
     if not state:
-        save()  # shows that the folder can be written, and how long it takes: two saves end the run
-        run.reserve += 2 * run.save_seconds if unit == "seconds" else 0
+        save()  # shows that the folder can be written, and how long it takes: the end makes two, around an evaluation
+        run.reserve = min(run.reserve + 2 * run.save_seconds, 0.5 * amount) if unit == "seconds" else 0.0
     last_seconds, last_reads, last_shown = elapsed(), run.reads, -1.0
     while True:
-        # What is due after a step is decided here, from saved numbers: a resumed run comes in at the same point.
+        # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
         p = progress()
         evals = int(p * (run.planned_evals + 1))
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
         since = time.monotonic() - start - run.seconds
-        often = since >= 600 or p >= run.saved + 0.05 or evaluation_due  # ... before whatever may go wrong in it
+        often = since >= 600 or p >= run.saved + 0.05 or evaluation_due  # so that a failure in it loses nothing
         if p >= 1 or interrupted or (often and since >= 100 * run.save_seconds):  # saving takes 1% at most
             save()
         if interrupted:

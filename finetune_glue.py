@@ -3,7 +3,7 @@
     python finetune_glue.py --checkpoint out/cram --glue_dir data/glue --tasks cola,sst2,rte,stsb
     python finetune_glue.py --checkpoint none --like out/cram ...      # the same model from random weights: the baseline
 
-The rules of the paper [2]: one setting for all tasks, at most 5 epochs, only the task's own training data; the score
+The rules of the paper ([2] is section 2 of the one named in cram.py): one setting for all tasks, at most 5 epochs, only the task's own training data; the score
 of a task is the median over seeds. GLUE_DIR holds the official folders: CoLA/train.tsv, CoLA/dev.tsv, SST-2/...
 No test label is read: the files have none.
 """
@@ -78,7 +78,7 @@ class Options:
     checkpoint: str = opt("out/cram", "folder of the trained model, or none: random weights")
     like: str = opt("out/cram", "with --checkpoint none: the folder whose shape and vocabulary the random model takes")
     glue_dir: str = opt("data/glue", "folder with CoLA/, SST-2/, ... as GLUE unpacks them")
-    tasks: str = opt("all", f"all, or some of {','.join(TASKS)}")
+    tasks: str = opt("all", f"all, or some with commas between: {','.join(TASKS)}")
     seeds: int = opt(5, "runs of each task, with seeds 0, 1, ...; the score is their median")
     epochs: int = opt(5, "passes over the training set; the paper allows 5")
     batch_size: int = opt(16, "examples in a step")
@@ -105,7 +105,7 @@ def read_task(folder, task, split):
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 (byte {error.start}): get the official file again")
-    rows = [line.rstrip("\r").split("\t") for line in lines if line]  # no quoting: a " is a character like any other
+    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip("\r")]  # no quoting: a " is a character like any other
     columns = [*task.texts, task.label]
     where = columns
     if isinstance(task.label, str):
@@ -192,7 +192,7 @@ class Classifier(nn.Module):
     def forward(self, tokens, mask):
         """tokens and mask (B, S) -> logits (B, outputs)."""
         first = self.encoder.encode(tokens, mask)[:, 0]
-        with torch.autocast(tokens.device.type, enabled=False):  # in fp32: bf16 scores would tie at steps of 1/64
+        with torch.autocast(tokens.device.type, enabled=False):  # fp32: between 2 and 4 bf16 has steps of 1/64, and STS-B scores would tie
             return self.out(self.dropout(torch.tanh(self.dense(first.float()))))
 
 

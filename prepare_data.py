@@ -10,8 +10,8 @@ What it takes, on two cores (measured: assets/prepare-*.log; the last row is ext
     370 MB of mixed English    370 MB          76 M tokens     40 s     150 MB, three times that while it works
     a day's worth of c4        47 GB           1e10 tokens     90 min   20 GB, and 80 GB while it works, downloads included
 
-The paper's budget does not count this work (its rule 4), so its freedom lies here: what text is kept, how it is cut
-into tokens, and in which order a model sees it. Three passes: count words in a sample and learn the merges of a
+The paper's budget does not count this work (its rule 4), so what is done here is free: which text is kept, how it is
+cut into tokens, and in which order a model sees it. Three passes: count words in a sample and learn the merges of a
 byte-level BPE; encode every document; pack the kept ones into rows and order the rows. Text and tokens stream
 through: only a few numbers per document and per row are held in memory.
 """
@@ -48,13 +48,14 @@ import cram
 from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256, show
 
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
-MIN_CHARS, MAX_BYTES = 20, 2**24  # a shorter document teaches no context; a longer one is a damaged file, or a dump
+MIN_CHARS = 20  # a shorter document teaches nothing about context
+MAX_BYTES = 2**24  # a longer line is a damaged file or a dump: it is counted, and never held in memory
 KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
 C4_URL = ("https://huggingface.co/datasets/allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
           "c4-train.{:05}-of-01024.json.gz")
 C4_SHARD_DOCS, C4_DAY = 350_000, 21_000_000  # documents in a shard, at least; and for a day of training
 DOWNLOADS = Path("data/downloads")
-BPE_BYTES = 1e8  # of text on which the merges are learnt, taken from the start of every file
+BPE_BYTES = 1e8  # of text on which the merges are learnt: the first part of every .jsonl, and some of the other files
 
 
 @dataclass
@@ -150,6 +151,11 @@ def find_files(options):
                 if not skip & set(path.relative_to(root).parts)]
     if options.source == ["c4"]:
         shards = min(1024, math.ceil(options.max_docs / C4_SHARD_DOCS))
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        need = shards * 320e6 - sum(p.stat().st_size for p in DOWNLOADS.iterdir()) + shards * 1.3e9
+        if need > shutil.disk_usage(DOWNLOADS).free:
+            raise BadInput(f"{shards} shards need about {need / 1e9:.0f} GB to download and prepare, more than is free: "
+                           "make room, or give a smaller --max_docs")
         paths = [DOWNLOADS / C4_URL.format(i).rsplit("/", 1)[1] for i in range(shards)]
         for i, path in enumerate(paths):
             show(f"shard {i + 1} of {shards}")
@@ -167,7 +173,7 @@ def find_files(options):
 
 
 def read_items(files, share=1.0):
-    """Yields (where, kind, raw bytes) for each line of a .jsonl file and each whole file of another kind.
+    """Yields (where, kind, raw bytes) for each line of a .jsonl file, each other file, and pieces of a very long .txt.
 
     Raw is None where it is longer than MAX_BYTES, which is not read into memory. share < 1 gives a sample: the first
     part of every .jsonl file, and some of the other files, evenly.
@@ -343,7 +349,7 @@ def tokenizer_at(path, digest):
 
 
 def encode_chunk(chunk, vocabulary, threshold):
-    """A chunk's documents as (tokens, each document closed by [SEP]; lengths with it; hashes; characters; counts).
+    """A chunk's documents: (tokens, [SEP] after each document; lengths, [SEP] included; hashes; characters; counts).
 
     A document that is too short, too long, or that the paper's filter drops, leaves only its count behind. The hash
     of the normalised text decides on which side of the split a document stands, and whether it is a duplicate.
@@ -469,15 +475,16 @@ def main(argv=None):
         fail(f"{out} holds other files: choose another --out, or an empty folder")
     try:
         files = find_files(options)
-        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(place).free
         if need > free:
             raise BadInput(f"{out} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB are needed: make room")
         out.mkdir(parents=True, exist_ok=True)
-        mine.touch()
+        mine.write_text(str(os.getpid()))
         prepare(options, files, out)
         mine.unlink()
     except BaseException as error:
-        if mine.exists():
+        if mine.exists() and mine.read_text() == str(os.getpid()):
             shutil.rmtree(out)
         if isinstance(error, (BadInput, OSError)):
             fail(str(error))
