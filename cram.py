@@ -695,7 +695,7 @@ def train(given):
 {cfg.ffn_width}; {size:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
 machine  {device.type}, {dtype} ({reason}), {"compiled" if compiled else "eager"}, {machine_rate / 1e9:.0f} GFLOP/s
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
-budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.1f} M tokens: learning rate {cfg.lr:.2g}, \
+budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, \
 batch {cfg.micro_batch} to {cfg.batch_size} rows, validation on {run.val_rows} rows
 start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
 
@@ -799,7 +799,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     if not run.step:
         fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one")
     save()
-    print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.1f} M tokens, {elapsed():.1f} s: validation loss "
+    print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.3g} M tokens, {elapsed():.1f} s: validation loss "
           f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line\n"
           f'try      python cram.py fill {out} "a [MASK] of words."')
     return run.val_loss
