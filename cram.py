@@ -811,7 +811,7 @@ def fill(folder, text, top=5):
     """For every [MASK] in `text`, its `top` most likely tokens: a list of lists of (token's text, probability)."""
     model, tokenizer, _ = load_model(folder, dropout=0.0)
     words = tokenizer.n_vocab - len(SPECIALS)  # ids below are text, and the specials follow
-    sep, mask = words + SPECIALS.index("[SEP]"), words + SPECIALS.index("[MASK]")
+    sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
     tokens = [sep]  # a document stands between [SEP]s, as in training
     for part in re.split(r"\s*(\[MASK\])", text, flags=re.IGNORECASE):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cram import SPECIALS, autocast, choose_device, fail, load_model, normalise, opt, parse_flags, show
+from cram import autocast, choose_device, fail, load_model, normalise, opt, parse_flags, show
 
 # ------------------------------------------------------------------------------------------ tasks, metrics
 
@@ -137,13 +137,13 @@ def encode(texts, tokenizer, seq_len):
 
     A pair that is too long loses tokens from the end of its longer text, one at a time.
     """
-    ids = {name: tokenizer.n_vocab - len(SPECIALS) + i for i, name in enumerate(SPECIALS)}
+    cls, sep = (tokenizer.encode_single_token(name) for name in ("[CLS]", "[SEP]"))
     rows = []
     for text in texts:
         parts = [tokenizer.encode_ordinary(normalise(part)) for part in text]
         while 1 + sum(len(part) + 1 for part in parts) > seq_len:
             max(parts, key=len).pop()
-        rows.append([ids["[CLS]"]] + [token for part in parts for token in (*part, ids["[SEP]"])])
+        rows.append([cls] + [token for part in parts for token in (*part, sep)])
     return rows
 
 
@@ -210,7 +210,7 @@ def finetune(task, train, dev, options, seed, device, dtype):
     source = options.like if scratch else options.checkpoint
     encoder, tokenizer, _ = load_model(source, dropout=options.dropout, trained=not scratch)
     model = Classifier(encoder, len(task.labels or (0,)), options.head_width, options.dropout).to(device)
-    pad_id = tokenizer.n_vocab - len(SPECIALS)
+    pad_id = tokenizer.encode_single_token("[PAD]")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(options.beta1, options.beta2), eps=options.adam_eps,
                                   weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")

@@ -156,10 +156,10 @@ def find_files(options):
         if need > shutil.disk_usage(DOWNLOADS).free:
             raise BadInput(f"{shards} shards need about {need / 1e9:.0f} GB to download and prepare, more than is free: "
                            "make room, or give a smaller --max_docs")
-        paths = [DOWNLOADS / C4_URL.format(i).rsplit("/", 1)[1] for i in range(shards)]
-        for i, path in enumerate(paths):
-            show(f"shard {i + 1} of {shards}")
-            download(C4_URL.format(i), path)
+        urls = [C4_URL.format(i) for i in range(shards)]
+        paths = [DOWNLOADS / url.rsplit("/", 1)[1] for url in urls]
+        for url, path in zip(urls, paths, strict=True):
+            download(url, path)
         return [(path, "jsonl") for path in paths]
     found = []
     for path in map(Path, options.source):
@@ -458,7 +458,8 @@ def check_options(options):
         fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
     if options.sort not in ("prevalence", "sentences", "none"):
         fail(f"unknown sort {options.sort!r}: expected prevalence, sentences or none")
-    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3), ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
+    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3),
+                            ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
         if not low <= getattr(options, name) <= high:
             fail(f"{name} is {getattr(options, name)}: expected {low:g} to {high:g}")
 
@@ -513,11 +514,11 @@ def prepare(options, files, out):
         raise BadInput(f"the text gives {len(tokens) - 256} merges, vocab_size {options.vocab_size} needs {merges}: "
                        f"use --vocab_size {len(tokens) + len(SPECIALS)} or less, or more text")
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-    (out / "tokenizer.tiktoken").write_text("".join(lines))
+    vocabulary = out / "tokenizer.tiktoken"
+    vocabulary.write_text("".join(lines))
     stage_done("learn merges")
 
     items = islice(read_items(files), options.max_docs or None)
-    vocabulary = out / "tokenizer.tiktoken"
     encode = partial(encode_chunk, vocabulary=(vocabulary, sha256(vocabulary)), threshold=options.filter)
     parts, chars = [], 0
     seen = Counter(read=0, too_short=0, too_long=0, filtered=0)
@@ -559,8 +560,7 @@ def prepare(options, files, out):
         "unigram_nats": unigram_nats, "chars_per_token": chars / lengths.sum(), "seed": options.seed,
         "options": asdict(options), "seconds": seconds,
     }
-    (out / "meta.part").write_text(json.dumps(meta, indent=1))
-    os.replace(out / "meta.part", out / "meta.json")
+    cram.write_whole(out / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     show("")
     d, tokens = seen, meta["tokens"]["train"] / 1e6
     print(f"""read       {d["read"]} documents of {len(files)} files
