@@ -227,10 +227,9 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.heads
-        self.attn_norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
+        self.attn_norm, self.ffn_norm = (nn.LayerNorm(cfg.width, eps=cfg.norm_eps) for _ in range(2))
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
         self.attn_out = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.ffn_norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
         self.ffn_in = nn.Linear(cfg.width, cfg.ffn_width, bias=False)
         self.ffn_out = nn.Linear(cfg.ffn_width // 2, cfg.width, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -273,9 +272,8 @@ class Model(nn.Module):
         """tokens (B, S); mask None or (B, S), false at padding -> hidden states (B, S, width)."""
         x = self.embedding(tokens) + self.position_scale * self.positions[: tokens.shape[1]]
         x = self.dropout(self.embedding_norm(x))
-        mask = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, None if mask is None else mask[:, None, None, :])
         return self.final_norm(x)
 
     def forward(self, tokens, where, targets=None):
@@ -312,8 +310,7 @@ def load_data(folder):
     except (OSError, ValueError, KeyError, TypeError):
         expected = {}
     if not expected:
-        found = "does not exist" if not folder.exists() else "is unfinished, or not one of this version: it has no such meta.json"
-        fail(f"data folder {folder} {found}: {again}")
+        fail(f"{folder} is no finished data folder (its meta.json is missing, or of another version): {again}")
     for name in FILES:
         if not (folder / name).is_file() or sha256(folder / name) != expected[name]:
             fail(f"{folder / name} does not match the manifest (it is missing, or its checksum is another): {again}")
@@ -476,8 +473,7 @@ def load_checkpoint(folder):
 def load_model(folder, trained=True, **overrides):
     """(Model, tokenizer, state) from the checkpoint in `folder` alone; trained=False: with new, random weights."""
     state = load_checkpoint(folder)
-    cfg = Config(**{**state["config"], **overrides})
-    model = Model(cfg, state["meta"]["vocab_size"], state["meta"]["seq_len"])
+    model = Model(Config(**{**state["config"], **overrides}), state["meta"]["vocab_size"], state["meta"]["seq_len"])
     if trained:
         model.load_state_dict(state["model"])
     return model, load_tokenizer(state["tokenizer"], state["meta"]["pattern"]), state
@@ -485,9 +481,8 @@ def load_model(folder, trained=True, **overrides):
 def open_log(path, step):
     """log.csv, open for appending behind its header and its rows up to `step`: where a resumed run goes on."""
     lines = path.read_text().splitlines()[1:] if step and path.is_file() else []
-    rows = [line.split(",") for line in lines]  # a power cut may leave a piece of one
-    rows = [COLUMNS, *(row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step)]
-    write_whole(path, lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()))
+    lines = [line for line in lines if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]  # whole ones
+    write_whole(path, lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
 
 def progress_line(row, left):
@@ -501,8 +496,8 @@ SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font
 <style>text{fill:#333} .paper{fill:#fff} .c0{stroke:#1f6fb4} .c1{stroke:#d4600c} .c2{stroke:#777}
 @media (prefers-color-scheme: dark) {
 text{fill:#ddd} .paper{fill:#161b22} .c0{stroke:#6cb2f5} .c1{stroke:#ffa05c} .c2{stroke:#aaa}}
-path{fill:none;stroke-width:1.6;stroke-linecap:round} .grid{stroke:#8884;stroke-width:1}
-.dash{stroke-dasharray:6 4} .dots{stroke-width:7}</style><rect class="paper" width="720" height="400"/>"""
+path{fill:none;stroke-width:1.6;stroke-linecap:round} .grid{stroke:#8884} .dash{stroke-dasharray:6 4} .dots{stroke-width:7}</style>\
+<rect class="paper" width="720" height="400"/>"""
 
 def draw_curves(path, curves, x_label):
     """Writes an SVG of curves, each (label, [(x, loss in nats), ...], style): line, dots, or dash for one level."""
@@ -699,8 +694,8 @@ def train(given):
     else:
         speed, left = 0.0, amount
         if unit == "seconds":  # what will they buy? A few passes, whose gradients are thrown away, tell
-            rows = min(cfg.micro_batch, 128 if device.type == "cuda" else 32)
-            speed = world * rows * seq_len / time_of(lambda: gradient(rows), device)
+            rows = min(cfg.micro_batch, 128 if device.type == "cuda" else 32) * world
+            speed = rows * seq_len / time_of(lambda: gradient(rows), device)
             optimizer.zero_grad()
             # The last evaluation is part of the budget too.
             run.reserve = min(len(val) * time_of(lambda: evaluate(model, val[:1], device, dtype), device), 0.2 * amount)
@@ -711,8 +706,6 @@ def train(given):
         run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("checkpoint*.pt") if not state else ():
-            old.unlink()
         log = open_log(out / "log.csv", run.logged)
 
     print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
@@ -835,10 +828,9 @@ def bench(given):
     whole, bare, per_tflop = np.median(times, axis=0)
     tflops = size * seq_len * model.flops_per_token() / whole / 1e12
     print(f"""model    {cfg.recipe} {cfg.size}, {model.flops_per_token() / 1e6:.1f} MFLOP a token, {size} rows of {seq_len} tokens
-machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}
+machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}; {peak_memory(device) / 1e9:.2f} GB at most
 speed    {size * seq_len / whole:.0f} tokens/s, {tflops:.3g} TFLOP/s, MFU {tflops * per_tflop:.1%} of {1 / per_tflop:.3g} TFLOP/s
-outside  {max(0.0, 1 - bare / whole):.1%} of the time is not forward, backward or optimiser
-memory   {peak_memory(device) / 1e9:.2f} GB at most""")
+outside  {max(0.0, 1 - bare / whole):.1%} of the time is not forward, backward or optimiser""")
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
