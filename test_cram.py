@@ -285,7 +285,7 @@ def server(monkeypatch):
             asked.append(self.headers.get("Range"))
             answer = plan.pop(0) if len(plan) > 1 else plan[0]
             start = int(asked[-1][6:-1]) if asked[-1] and answer != "no range" else 0
-            if answer in (404, 429, 503):
+            if answer in (404, 416, 429, 503):
                 self.send_response(answer)
                 self.send_header("Retry-After", "7")
                 self.send_header("Content-Length", "0")
@@ -313,6 +313,7 @@ def server(monkeypatch):
 @pytest.mark.parametrize("answers, ranges", [
     (["whole"], [None]),
     (["drop", "drop", "whole"], [None, "half", "more"]),  # goes on where it broke off
+    (["drop", 416, "whole"], [None, "half", None]),  # what had come is no start of the file: taken from the start
     (["drop", "no range"], [None, "half"]),  # sends all of it again: taken from the start
     ([429, 503, "whole"], [None, None, None]),
     (["no length"], [None]),
@@ -355,6 +356,13 @@ def test_c4_is_downloaded_and_prepared(tmp_path, server, monkeypatch):
     cram.load_data(tmp_path / "more")
 
 
+def locked(path, *mode):
+    """open, for somebody who may not read secret.txt."""
+    if Path(path).name == "secret.txt":
+        raise PermissionError(errno.EACCES, "Permission denied")
+    return open(path, *mode)
+
+
 def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
     monkeypatch.setattr(prepare_data, "MAX_BYTES", 100_000)
     folder = tmp_path / "texts"
@@ -375,9 +383,17 @@ def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
     loop = tmp_path / "loop.txt"
     loop.symlink_to(loop)
     assert "does not exist" in message(prepare_data.main, ["--source", str(loop), "--out", str(tmp_path / "l"), *PREPARE])
-    (tmp_path / "not.jsonl.gz").write_bytes(b"no gzip at all")
-    text = message(prepare_data.main, ["--source", str(tmp_path / "not.jsonl.gz"), "--out", str(tmp_path / "l"), *PREPARE])
-    assert "not.jsonl.gz cannot be read (Not a gzipped file" in text
+    for name, content, expected in (
+        ("not.jsonl.gz", b"no gzip at all", "not.jsonl.gz cannot be read (Not a gzipped file"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "all of it"}\n' * 999)[:-20], "cut.jsonl.gz cannot be read ("),
+        ("picture.json.gz", gzip.compress(b"\x89PNG\r\n\x1a\n\0"), "picture.json.gz, line 1 is no UTF-8 text"),
+        ("surrogate.txt", b"raw \xed\xa0\x80", "surrogate.txt is no UTF-8 text"),
+        ("secret.txt", b"not for us", "secret.txt cannot be read ([Errno 13] Permission denied"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(prepare_data, "open", locked, raising=False)  # root may read all files, so chmod would not do
+        text = message(prepare_data.main, ["--source", str(tmp_path / name), "--out", str(tmp_path / "l"), *PREPARE])
+        assert expected in text and not (tmp_path / "l").exists()
     monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     text = message(prepare_data.main, ["--source", str(folder), "--out", str(tmp_path / "full"), *PREPARE])
     assert "0.0 GB free" in text and not (tmp_path / "full").exists()
