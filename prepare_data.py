@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
@@ -161,8 +162,8 @@ def find_files(options, out):
     for path in map(Path, options.source):
         inside = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file() and p.name.endswith(KINDS)]
         if not inside:
-            what = "holds no text that is understood here" if path.exists() else "does not exist"
-            raise BadInput(f"{path} {what}: --source takes docs, c4, or {', '.join(KINDS)} files and folders of them")
+            raise BadInput(f"{path} {'holds no text that is understood here' if path.exists() else 'does not exist'}: "
+                           f"--source takes docs, c4, or {', '.join(KINDS)} files and folders of them")
         found += inside
     return found
 
@@ -240,10 +241,15 @@ def documents(chunk):
             yield text
 
 
+def end_with_parent():
+    """Makes a worker end when the process that started it is gone, be it by kill -9."""
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+
+
 def parallel(function, items, workers):
     """Yields function(item) in the order of `items`, computed by `workers` processes, a few items ahead at most."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         window = deque()
         for item in items:
             window.append(pool.submit(function, item))
@@ -355,8 +361,8 @@ def read_rows(path, lengths, keep, seq_len):
     """
     rest = np.zeros(0, "<u2")
     with open(path, "rb") as file:
-        for i in range(0, len(lengths), 16):
-            n = np.concatenate(lengths[i : i + 16])
+        for i in range(0, len(lengths), 8):
+            n = np.concatenate(lengths[i : i + 8])
             kept, keep = np.repeat(keep[: len(n)], n), keep[len(n) :]
             tokens = np.concatenate([rest, np.fromfile(file, "<u2", len(kept))[kept]])
             rows, rest = np.split(tokens, [len(tokens) // seq_len * seq_len])

@@ -426,6 +426,14 @@ def test_a_killed_preparation_is_refused_and_done_again(tmp_path, stories, data)
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*cram.FILES, "meta.json"])
 
 
+def test_workers_end_with_a_killed_parent():
+    code = "import time, prepare_data\nfor _ in prepare_data.parallel(time.sleep, [0] * 9 + [600] * 2, 2): print(1, flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=30)  # ends when nobody holds the pipe any more, workers included
+
+
 # ---------------------------------------------------------------------------------------------------- model
 
 
