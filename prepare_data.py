@@ -31,7 +31,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from operator import add
 from pathlib import Path
 
@@ -114,8 +114,7 @@ def download(url, path, tries=8):
             raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
                            "what has arrived is kept")
         time.sleep(wait)
-        wait, span = min(60, 2**failures), {"Range": f"bytes={have}-"} if have else {}
-        headers = {"Accept-Encoding": "identity", **span}
+        wait, headers = min(60, 2**failures), {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
                 status, told = answer.status_code, answer.headers
@@ -261,10 +260,7 @@ def parallel(function, items, workers):
 
 def count_words(chunk):
     """How often each word (a piece of PATTERN) occurs in a chunk's normalised text."""
-    counts = Counter()
-    for text in documents(chunk):
-        counts.update(re.findall(PATTERN, normalise(text or "")))
-    return counts
+    return Counter(chain.from_iterable(re.findall(PATTERN, normalise(text or "")) for text in documents(chunk)))
 
 
 def learn_bpe(word_counts, merges):
@@ -335,9 +331,7 @@ def encode_chunk(chunk, vocabulary, threshold):
     Dropped documents leave only a count behind. The hash of the normalised text decides on which side of the split a
     document stands, and whether it is a duplicate.
     """
-    tokenizer = tokenizer_of(vocabulary)
-    sep = np.array([tokenizer.encode_single_token("[SEP]")], "<u2")
-    tokens, lengths, hashes, counts = [sep[:0]], [], [], Counter()
+    tokenizer, tokens, lengths, hashes, counts = tokenizer_of(vocabulary), [], [], [], Counter()
     for text in documents(chunk):
         counts["read"] += 1
         if text is None:
@@ -348,10 +342,10 @@ def encode_chunk(chunk, vocabulary, threshold):
             counts["filtered"] += 1
         else:
             counts["chars"] += len(text)
-            tokens += [ids.astype("<u2"), sep]
+            tokens.append(np.append(ids, tokenizer.encode_single_token("[SEP]")))
             lengths.append(len(ids) + 1)
             hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-    return np.concatenate(tokens), np.array(lengths, np.int64), np.array(hashes, np.uint64), counts
+    return np.concatenate([np.zeros(0, int), *tokens]).astype("<u2"), np.array(lengths, np.int64), np.array(hashes, np.uint64), counts
 
 
 def read_rows(path, lengths, keep, seq_len):
