@@ -469,7 +469,7 @@ def prepare(options, out):
     }
     cram.write_whole(out / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     show("")
-    print(f"""read       {seen["read"]} documents of {len(paths)} files, {chars / 1e6:.0f} MB of text
+    print(f"""read       {seen["read"]} documents, {chars / 1e6:.0f} MB after normalising
 dropped    {seen["too_short"]} too short, {seen["too_long"]} too long, {seen["filtered"]} that compress badly, {seen["duplicate"]} duplicates
 kept       {seen["kept"]}, of which {seen["val"]} to validate
 tokens     {meta["chars_per_token"]:.2f} characters each, vocabulary {vocab_size}
