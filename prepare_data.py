@@ -4,16 +4,12 @@
     python prepare_data.py --source my_texts/ notes.jsonl --out data/mine
     python prepare_data.py --source c4 --max_docs 1000000           # the paper's corpus, downloaded
 
-What it takes, on two cores (measured: assets/prepare-*.log; the last row is extrapolated, not run):
+Time, memory, tokens and disk: README.md, "Your own text". The paper's budget does not count this work (its rule 4), so
+what is done here is free: which text is kept, how it is cut into tokens, and in which order a model sees it.
 
-    docs                       8 MB of text    1.8 M tokens    20 s     4 MB of disk
-    370 MB of mixed English    370 MB          76 M tokens     40 s     150 MB, three times that while it works
-    a day's worth of c4        47 GB           1e10 tokens     90 min   20 GB, and 80 GB while it works, downloads included
-
-The paper's budget does not count this work (its rule 4), so what is done here is free: which text is kept, how it is
-cut into tokens, and in which order a model sees it. Three passes: count words in a sample and learn the merges of a
-byte-level BPE; encode every document; pack the kept ones into rows and order the rows. Text and tokens stream
-through: only a few numbers per document and per row are held in memory.
+Three passes: count words in a sample and learn the merges of a byte-level BPE; encode every document; order the rows.
+Text and tokens stream through: only a few numbers per document and per row are held in memory. A command given again
+after a kill starts over: downloads are kept, parts of them too, but nothing that was encoded.
 """
 
 import ast
@@ -21,7 +17,6 @@ import base64
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -29,16 +24,15 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
+import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from inspect import cleandoc
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +44,12 @@ from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt,
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
 MIN_CHARS = 20  # a shorter document teaches nothing about context
 MAX_BYTES = 2**24  # a longer line is a damaged file or a dump: it is counted, and never held in memory
+BPE_BYTES = 1e8  # of text on which the merges are learnt: the first part of every file of lines, and some of the .txt
 KINDS = (".txt", ".jsonl", ".json.gz", ".jsonl.gz")
 C4_URL = ("https://huggingface.co/datasets/allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
           "c4-train.{:05}-of-01024.json.gz")
 C4_SHARD_DOCS, C4_DAY = 350_000, 21_000_000  # documents in a shard, at least; and for a day of training
 DOWNLOADS = Path("data/downloads")
-BPE_BYTES = 1e8  # of text on which the merges are learnt: the first part of every .jsonl, and some of the other files
 
 
 @dataclass
@@ -71,377 +65,13 @@ class Options:
     sort: str = opt("prevalence", "order of the rows: prevalence (most likely first, by mean unigram log-probability), "
                     "sentences (most full stops first) or none (shuffled) [4.4]")
     val_share: float = opt(0.0, "share of the documents held out for validation; 0: 0.05 for docs, else 0.01")
-    max_docs: int = opt(0, "stop after so many lines of .jsonl, and files of other kinds; 0: all, or a day's worth of c4")
+    max_docs: int = opt(0, "stop after so many documents; 0: all, or a day's worth of c4")
     workers: int = opt(0, "processes; 0: one a CPU core. The files written do not depend on it")
     seed: int = opt(0, "seed of the row order where it is random")
 
 
 class BadInput(Exception):
     """A sentence about input that cannot be used; raised anywhere, also in a worker, shown to the user by main."""
-
-
-# ---------------------------------------------------------------------------------------- downloads
-
-
-def download(url, path, tries=8):
-    """Fetches `url` to `path`, which appears when it is whole; path.part keeps what a broken connection left.
-
-    Goes on from there (Range), waits and tries again on dropped connections, 429 and 5xx, as long as Retry-After
-    says, and gives up with a sentence after `tries` failures in a row.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, failures, most, problem = Path(f"{path}.part"), 0, 0, ""
-    while failures < tries and not path.exists():
-        have, wait = part.stat().st_size if part.exists() else 0, min(60, 2**failures)
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
-                status, told = answer.status_code, answer.headers
-                problem = f"the server answered {status} {answer.reason}"
-                if status in (200, 206) and not told.get("Content-Type", "").startswith("text/html"):
-                    have = have if status == 206 else 0  # 200: the server ignores Range and sends all of it
-                    length = int(told.get("Content-Length", 0))
-                    if length > shutil.disk_usage(path.parent).free:
-                        raise BadInput(f"{url} needs {length / 1e6:.0f} MB, more than is free in {path.parent}: make room")
-                    problem = f"the connection closed before {length} bytes had come"
-                    if fetch(answer, part, have, have + length) == have + length or not length:
-                        os.replace(part, path)
-                elif status == 416 and told.get("Content-Range") == f"bytes */{have}":  # all of it had arrived before
-                    os.replace(part, path)
-                elif status == 416:  # the part is no start of this file
-                    part.unlink(missing_ok=True)
-                elif status != 429 and status < 500:
-                    problem += "" if status >= 400 else " with a web page, expected a file"
-                    raise BadInput(f"{url}: {problem}. Check the address, or a proxy that asks for a login")
-                elif told.get("Retry-After", "").isdigit():
-                    wait = min(600, int(told["Retry-After"]))
-        except requests.RequestException as error:
-            problem = f"no connection, or it broke ({type(error).__name__})"
-        if not path.exists():
-            have = part.stat().st_size if part.exists() else 0
-            failures, most = (0, have) if have > most else (failures + 1, most)
-            time.sleep(wait)
-    if not path.exists():
-        raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
-                       "what has arrived is kept")
-
-
-def fetch(answer, part, have, total):
-    """Writes the body of an answer to the file `part` from byte `have` on, and returns the file's size."""
-    started = time.monotonic()
-    with open(part, "ab" if have else "wb") as file:
-        for block in answer.iter_content(2**16):
-            file.write(block)
-            rate = (file.tell() - have) / max(1e-9, time.monotonic() - started)
-            show(f"{part.stem} {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                 f"{(total - file.tell()) / rate:.0f} s left")
-        return file.tell()
-
-
-# ----------------------------------------------------------------------------------- reading documents
-
-
-def find_files(options):
-    """The files behind --source, in a fixed order, as (path, kind) with kind python, txt or jsonl; downloads c4."""
-    if options.source == ["docs"]:
-        roots = [Path(sysconfig.get_paths()["stdlib"])]
-        roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-        skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-        return [(path, "python") for root in roots for path in sorted(root.rglob("*.py"))
-                if not skip & set(path.relative_to(root).parts)]
-    if options.source == ["c4"]:
-        shards = min(1024, math.ceil(options.max_docs / C4_SHARD_DOCS))
-        DOWNLOADS.mkdir(parents=True, exist_ok=True)
-        need = shards * 320e6 - sum(p.stat().st_size for p in DOWNLOADS.iterdir()) + shards * 1.3e9
-        if need > shutil.disk_usage(DOWNLOADS).free:
-            raise BadInput(f"{shards} shards need about {need / 1e9:.0f} GB to download and prepare, more than is free: "
-                           "make room, or give a smaller --max_docs")
-        urls = [C4_URL.format(i) for i in range(shards)]
-        paths = [DOWNLOADS / url.rsplit("/", 1)[1] for url in urls]
-        for url, path in zip(urls, paths, strict=True):
-            download(url, path)
-        return [(path, "jsonl") for path in paths]
-    found = []
-    for path in map(Path, options.source):
-        if not path.exists():
-            fail(f"no such file or folder: {path}. --source takes docs, c4, or paths of {', '.join(KINDS)} files and folders")
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(KINDS)) if path.is_dir() else [path]
-        if not inside or not inside[0].name.endswith(KINDS):
-            fail(f"{path} holds no text that is understood here: expected {', '.join(KINDS)}")
-        found += [(p, "txt" if p.suffix == ".txt" else "jsonl") for p in inside]
-    return found
-
-
-def read_items(files, share=1.0):
-    """Yields (where, kind, raw bytes) for each line of a .jsonl file, each other file, and pieces of a very long .txt.
-
-    Raw is None where it is longer than MAX_BYTES, which is not read into memory. share < 1 gives a sample: the first
-    part of every .jsonl file, and some of the other files, evenly.
-    """
-    for i, (path, kind) in enumerate(files):
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                if kind != "jsonl":
-                    # One document a file, but a .txt of many books is cut at line ends.
-                    size = CHUNK if kind == "txt" and path.stat().st_size > MAX_BYTES else -1
-                    while int((i + 1) * share) > int(i * share) and (lines := file.readlines(size)):
-                        raw = b"".join(lines)
-                        yield str(path), kind, raw if len(raw) <= MAX_BYTES else None
-                    continue
-                number, left = 0, share * text_bytes(path)
-                while (line := file.readline(MAX_BYTES)) and (share == 1 or left > 0):
-                    number, left, whole = number + 1, left - len(line), True
-                    while len(line) == MAX_BYTES and not line.endswith(b"\n"):
-                        line, whole = file.readline(MAX_BYTES), False
-                    yield f"{path}, line {number}", kind, line if whole else None
-        except (OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"{path} cannot be read ({error}): repair it, or leave it out of --source") from error
-
-
-def text_bytes(path):
-    """About how many bytes of text a file holds; gzip makes English a bit smaller than two fifths."""
-    return path.stat().st_size * (2.7 if path.suffix == ".gz" else 1)
-
-
-def chunked(items):
-    """Lists of items of about CHUNK bytes, to travel to a worker together."""
-    chunk, size = [], 0
-    for item in items:
-        chunk.append(item)
-        size += 200 + len(item[2] or b"")
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
-
-
-def documents(chunk):
-    """Yields the texts of a chunk, None for an item that is too long; raises BadInput for one that is no text."""
-    for where, kind, raw in chunk:
-        if raw is None:
-            yield None
-            continue
-        try:
-            text = raw.decode().removeprefix("\ufeff")  # the mark with which some editors begin a file
-            if kind == "jsonl" and text.strip():
-                text = json.loads(text)["text"] + ""  # a text that is no string is a TypeError too
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{where} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadInput(f'{where} is not JSON with a "text": expected one {{"text": "..."}} object a line') from error
-        if kind == "python":
-            yield from docstrings(text)
-        elif text.strip() or kind != "jsonl":
-            yield text
-
-
-def docstrings(code):
-    """The documentation in a Python source, read without importing it: docstrings, and pydoc's table of topics."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError:
-        return  # numpy and torch carry templates that are no Python yet
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        if text := ast.get_docstring(node):
-            yield text
-        for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                waiting.append(child)
-            elif isinstance(getattr(child, "value", None), ast.Dict) and len(child.value.values) > 50:
-                texts = (v.value for v in child.value.values if isinstance(v, ast.Constant))  # pydoc_data.topics
-                yield from (cleandoc(text) for text in texts if isinstance(text, str))
-
-
-def parallel(function, items, workers):
-    """Yields function(item) in the order of `items`, computed by `workers` processes, a few items ahead at most."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        window = deque()
-        for item in items:
-            window.append(pool.submit(function, item))
-            if len(window) > 2 * workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-
-
-# ------------------------------------------------------------------------------------------ vocabulary
-
-
-def count_words(chunk):
-    """How often each word (a piece of PATTERN) occurs in a chunk's normalised text."""
-    counts = Counter()
-    for text in documents(chunk):
-        counts.update(re.findall(PATTERN, normalise(text or "")))
-    return counts
-
-
-def learn_bpe(word_counts, merges):
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): the tokens as bytes, 256 single bytes and then a merge each.
-
-    word_counts: {word: occurrences}. Each step joins the most frequent pair of neighbouring tokens; among equals the
-    pair with the smaller token ids, the first of the two first. A pair seen only once is not worth a token, so a small
-    text gives fewer merges than asked. Counts are kept up to date around each merge: only words that hold it are touched.
-    """
-    tokens = [bytes([i]) for i in range(256)]
-    known = {token: i for i, token in enumerate(tokens)}
-    words = [list(word.encode()) for word in sorted(word_counts)]
-    times = [word_counts[word] for word in sorted(word_counts)]
-    count, where = Counter(), defaultdict(list)  # of each pair: occurrences, and the words that hold it or once did
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
-            count[pair] += times[i]
-            where[pair].append(i)
-    heap = [(-n, pair) for pair, n in count.items()]
-    heapq.heapify(heap)
-    while len(tokens) < 256 + merges and heap:
-        negative, pair = heapq.heappop(heap)
-        if count[pair] != -negative:  # it has changed since: count falls silently, so put it back where it belongs now
-            if count[pair] > 1:
-                heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if count[pair] < 2:
-            break
-        first, second = pair
-        merged = tokens[first] + tokens[second]
-        # tiktoken knows a token by its bytes alone, so another way to the same bytes is the same token.
-        new = known.setdefault(merged, len(tokens))
-        if new == len(tokens):
-            tokens.append(merged)
-        risen = set()
-        for i in where.pop(pair):
-            word, n, j = words[i], times[i], 0
-            while j < len(word) - 1:
-                if word[j] == first and word[j + 1] == second:
-                    if j > 0:
-                        count[word[j - 1], first] -= n
-                        left = word[j - 1], new
-                        count[left] += n
-                        where[left].append(i)
-                        risen.add(left)
-                    if j + 2 < len(word):
-                        count[second, word[j + 2]] -= n
-                        right = new, word[j + 2]
-                        count[right] += n
-                        where[right].append(i)
-                        risen.add(right)
-                    word[j : j + 2] = [new]
-                j += 1
-        del count[pair]
-        for pair in risen:
-            if count[pair] > 1:
-                heapq.heappush(heap, (-count[pair], pair))
-    return tokens
-
-
-# -------------------------------------------------------------------------------- encoding and packing
-
-
-@lru_cache(maxsize=1)
-def tokenizer_at(path, digest):
-    """The tokenizer in a file with that checksum, loaded once in each process."""
-    return load_tokenizer(Path(path).read_text())
-
-
-def encode_chunk(chunk, vocabulary, threshold):
-    """A chunk's documents: (tokens, [SEP] after each document; lengths, [SEP] included; hashes; characters; counts).
-
-    A document that is too short, too long, or that the paper's filter drops, leaves only its count behind. The hash
-    of the normalised text decides on which side of the split a document stands, and whether it is a duplicate.
-    """
-    tokenizer = tokenizer_at(*vocabulary)
-    sep = np.array([tokenizer.encode_single_token("[SEP]")], np.uint16)
-    tokens, lengths, hashes, chars, counts = [np.zeros(0, np.uint16)], [], [], 0, Counter()
-    for text in documents(chunk):
-        counts["read"] += 1
-        if text is None:
-            counts["too_long"] += 1
-            continue
-        text = normalise(text)
-        if len(text) < MIN_CHARS:
-            counts["too_short"] += 1
-            continue
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # [MASK] in a text is letters, no special
-        if len(ids) >= threshold * len(text):
-            counts["filtered"] += 1
-            continue
-        tokens += [ids.astype(np.uint16), sep]
-        lengths.append(len(ids) + 1)
-        hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-        chars += len(text)
-    return np.concatenate(tokens), np.array(lengths, np.int64), np.array(hashes, np.uint64), chars, counts
-
-
-def pack(source, target, lengths, keep, seq_len):
-    """Copies the tokens of the documents to keep from `source` to `target` and cuts them to whole rows; returns the rows."""
-    ends = np.cumsum(lengths)
-    with open(source, "rb") as file, open(target, "wb") as out:
-        start = written = 0
-        while start < len(lengths):
-            base = ends[start - 1] if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, base + 4 * CHUNK)))
-            tokens = np.fromfile(file, "<u2", int(ends[stop - 1] - base))
-            kept = tokens[np.repeat(keep[start:stop], lengths[start:stop])]
-            kept.tofile(out)
-            written += len(kept)
-            start = stop
-        out.truncate(written // seq_len * seq_len * 2)
-    return written // seq_len
-
-
-def read_rows(path, seq_len, rows=CHUNK // 32):
-    """Yields a file's rows (n, seq_len), some thousands at a time."""
-    with open(path, "rb") as file:
-        while len(tokens := np.fromfile(file, "<u2", rows * seq_len)):
-            yield tokens.reshape(-1, seq_len)
-
-
-def count_tokens(path, seq_len, vocab_size):
-    """How often each token occurs in a file of rows: (vocab_size,)."""
-    return sum(np.bincount(rows.ravel(), minlength=vocab_size) for rows in read_rows(path, seq_len))
-
-
-def row_keys(path, how, seq_len, log_probability, stops, seed):
-    """A number for each row, by which sort_rows orders them: float32 (rows,)."""
-    rng, keys = np.random.default_rng(seed), []
-    for rows in read_rows(path, seq_len):
-        key = -log_probability[rows].mean(1) if how == "prevalence" else rng.random(len(rows))
-        keys.append(np.float32(key - stops[rows].sum(1) if how == "sentences" else key))
-    return np.concatenate(keys)
-
-
-def sort_rows(source, target, keys, seq_len):
-    """Moves the rows of `source` to `target`, smallest key first, equal ones in their order.
-
-    They go through files that hold a range of keys each and are small enough to be sorted in memory.
-    """
-    buckets = min(200, max(1, len(keys) * seq_len * 2 // (64 * CHUNK)))  # of 64 MB, and no more open files than allowed
-    sample = keys[:: max(1, len(keys) // 1_000_000)]
-    bounds = np.unique(np.quantile(sample, np.arange(1, buckets) / buckets)) if buckets > 1 else np.zeros(0)
-    paths = [Path(f"{target}.{i}.part") for i in range(len(bounds) + 1)]
-    start = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        for rows in read_rows(source, seq_len):
-            bucket = np.searchsorted(bounds, keys[start : start + len(rows)], side="right")
-            for i in np.unique(bucket):
-                rows[bucket == i].tofile(files[i])
-            start += len(rows)
-    source.unlink()
-    edges = [-math.inf, *bounds, math.inf]
-    with open(target, "wb") as out:
-        for path, low, high in zip(paths, edges, edges[1:], strict=False):
-            order = np.argsort(keys[(keys >= low) & (keys < high)], kind="stable")
-            np.fromfile(path, "<u2").reshape(-1, seq_len)[order].tofile(out)
-            path.unlink()
-
-
-# ------------------------------------------------------------------------------------------------ main
 
 
 def check_options(options):
@@ -453,15 +83,308 @@ def check_options(options):
     options.max_docs = options.max_docs or (C4_DAY if special == "c4" else 0)
     options.workers = options.workers or os.cpu_count() or 1
     options.out = options.out or f"data/{special or Path(options.source[0]).resolve().name.split('.')[0]}"
-    smallest = 256 + len(SPECIALS) + 1
-    if not smallest <= options.vocab_size <= 65536:
-        fail(f"vocab_size {options.vocab_size}: expected {smallest} to 65536, for tokens are stored in 16 bits")
     if options.sort not in ("prevalence", "sentences", "none"):
         fail(f"unknown sort {options.sort!r}: expected prevalence, sentences or none")
-    for name, low, high in (("seed", 0, 2**32), ("seq_len", 8, 4096), ("workers", 1, 1024), ("filter", 1e-3, 1e3),
-                            ("val_share", 1e-6, 0.5), ("max_docs", 0, math.inf)):
+    limits = {"vocab_size": (257 + len(SPECIALS), 2**16), "seq_len": (8, 4096), "filter": (1e-3, 1e3), "seed": (0, 2**32),
+              "val_share": (1e-6, 0.5), "max_docs": (0, math.inf), "workers": (1, 1024)}
+    for name, (low, high) in limits.items():
         if not low <= getattr(options, name) <= high:
-            fail(f"{name} is {getattr(options, name)}: expected {low:g} to {high:g}")
+            fail(f"{name} is {getattr(options, name)}: expected {low} to {high}")
+
+
+def check_room(folder, need):
+    """Stops where the disk of `folder` has less than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise BadInput(f"{folder} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB are needed: make room")
+
+
+def download(url, path, tries=8):
+    """Fetches `url` to `path`, which appears when it is whole; path.part keeps what a broken connection left.
+
+    Goes on from there, waits and tries again on broken connections, 429 (as long as it says) and 5xx; raises BadInput
+    after `tries` failures in a row, and on other answers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures, most, wait, problem = Path(f"{path}.part"), 0, -1, 0, ""
+    while not path.exists():
+        have = part.stat().st_size if part.exists() else 0
+        failures, most = (0, have) if have > most else (failures + 1, most)
+        if failures == tries:
+            raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
+                           "what has arrived is kept")
+        time.sleep(wait)
+        wait, headers = min(60, 2**failures), {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
+                status, told = answer.status_code, answer.headers
+                problem = f"the server answered {status} {answer.reason} {told.get('Content-Type', '')}"
+                if status == 416:  # what we have is no beginning of this file
+                    part.unlink(missing_ok=True)
+                elif status == 429 or status >= 500:
+                    wait = min(600, int(told["Retry-After"])) if told.get("Retry-After", "").isdigit() else wait
+                elif status >= 400 or told.get("Content-Type", "").startswith("text/html"):
+                    raise BadInput(f"{url}: {problem}. Check the address, or a proxy that asks for a login")
+                else:
+                    length = int(told.get("Content-Length", 0))
+                    check_room(path.parent, length)
+                    with open(part, "ab" if status == 206 else "wb") as file:  # 200: all of it, for Range was ignored
+                        total = file.tell() + length
+                        for block in answer.iter_content(2**16):
+                            file.write(block)
+                            show(f"{path.name} {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
+                    if not length or part.stat().st_size == total:
+                        os.replace(part, path)
+                    problem = f"the connection closed before {length} bytes had come"
+        except requests.RequestException as error:
+            problem = f"no connection, or it broke ({type(error).__name__})"
+
+
+def find_files(options, out):
+    """The files behind --source, in a fixed order; downloads c4, and collects docs in a file in the folder `out`."""
+    if options.source == ["docs"]:
+        roots = [Path(module.__file__).parent for module in (os, np, cram.torch)]  # os: the standard library
+        skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+        paths = [p for root in roots for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+        with open(out / "docs.part", "w") as file:
+            for texts in parallel(docstrings, paths, options.workers):
+                file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        return [out / "docs.part"]
+    if options.source == ["c4"]:
+        urls = [C4_URL.format(i) for i in range(min(1024, math.ceil(options.max_docs / C4_SHARD_DOCS)))]
+        paths = [DOWNLOADS / url.rsplit("/", 1)[1] for url in urls]
+        check_room(out, sum(1.3e9 if path.exists() else 1.6e9 for path in paths))  # with a shard, and without
+        for url, path in zip(urls, paths, strict=True):
+            download(url, path)
+        return paths
+    found = []
+    for path in map(Path, options.source):
+        inside = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file() and p.name.endswith(KINDS)]
+        if not inside:
+            raise BadInput(f"{path} {'holds no text that is understood here' if path.exists() else 'does not exist'}: "
+                           f"--source takes docs, c4, or {', '.join(KINDS)} files and folders of them")
+        found += inside
+    return found
+
+
+def docstrings(path):
+    """The documentation in a Python file, read without importing it: docstrings, and pydoc's table of topics."""
+    try:
+        waiting, texts = [ast.parse(path.read_bytes())], []
+    except (SyntaxError, ValueError):
+        return []  # numpy and torch carry templates that are no Python yet
+    while waiting:
+        node = waiting.pop()
+        texts.append(ast.get_docstring(node))
+        for child in node.body:
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                waiting.append(child)
+            elif isinstance(getattr(child, "value", None), ast.Dict) and len(child.value.values) > 50:
+                texts += [getattr(value, "value", None) for value in child.value.values]  # pydoc_data.topics
+    return [text for text in texts if isinstance(text, str)]
+
+
+def text_bytes(path):
+    """About how many bytes of text a file holds; gzip makes English a bit smaller than two fifths."""
+    return path.stat().st_size * (2.7 if path.suffix == ".gz" else 1)
+
+
+def read_items(paths, share=1.0):
+    """Yields (where, raw bytes) for each line of a file, a .txt as a whole, or cut at line ends where it is very long.
+
+    Raw is None for a line over MAX_BYTES, which is not read into memory. share < 1 gives a sample: the first part of
+    the files of lines, and some of the others, evenly.
+    """
+    for i, path in enumerate(paths):
+        whole, number = path.suffix == ".txt", 0
+        if whole and int((i + 1) * share) == int(i * share):
+            continue
+        try:
+            left = math.inf if whole or share == 1 else share * text_bytes(path)
+            size = 0 if not whole else CHUNK if path.stat().st_size > MAX_BYTES else MAX_BYTES  # and to the line's end
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                while left > 0 and (raw := file.read(size) + file.readline(MAX_BYTES)):
+                    end, left, number = raw, left - len(raw), number + 1
+                    while not end.endswith(b"\n") and (end := file.readline(MAX_BYTES)):
+                        raw = None
+                    yield str(path) if whole else f"{path}, line {number}", raw
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadInput(f"{path} cannot be read ({error}): repair it, or leave it out of --source") from error
+
+
+def chunked(items):
+    """Lists of items of about CHUNK bytes, to travel to a worker together."""
+    chunk, size = [], 0
+    for item in items:
+        chunk.append(item)
+        size += 200 + len(item[1] or b"")
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def documents(chunk):
+    """Yields the texts of a chunk, None for an item that is too long; raises BadInput for one that is no text."""
+    for where, raw in chunk:
+        try:
+            text = (raw or b"").decode().removeprefix("\ufeff")  # the mark with which some editors begin a file
+            if not where.endswith(".txt") and text.strip():
+                text = json.loads(text)["text"] + ""  # a text that is no string is a TypeError too
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BadInput(f'{where} is no UTF-8 text, or not JSON with a "text" ({type(error).__name__}: {error}): expected '
+                           '.txt in UTF-8, or one {"text": "..."} object a line') from error
+        if raw is None:
+            yield None
+        elif text.strip() or where.endswith(".txt"):
+            yield text
+
+
+def end_with_parent():
+    """Makes a worker end when the process that started it is gone, be it by kill -9."""
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+
+
+def parallel(function, items, workers):
+    """Yields function(item) in the order of `items`, computed by `workers` processes, a few items ahead at most."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+        window = deque()
+        for item in items:
+            window.append(pool.submit(function, item))
+            if len(window) > 4 * workers:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+
+
+def count_words(chunk):
+    """How often each word (a piece of PATTERN) occurs in a chunk's normalised text."""
+    return Counter(chain.from_iterable(re.findall(PATTERN, normalise(text or "")) for text in documents(chunk)))
+
+
+def learn_bpe(word_counts, merges):
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): the tokens as bytes, 256 single bytes and then a merge each.
+
+    word_counts: {ASCII word: occurrences}. Each step joins the most frequent pair of neighbouring tokens; among equals
+    the pair with the smaller token ids, the first of the two first. A pair seen only once is not worth a token. A word
+    is a string with a character for each token id, so str.replace joins a pair; only words that hold it are touched.
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    known = {token: i for i, token in enumerate(tokens)}
+    words = sorted(word_counts)
+    times = [word_counts[word] for word in words]
+    count, where = Counter(), defaultdict(list)  # of each pair: occurrences, and the words that hold it or once did
+    for i, word in enumerate(words):
+        for pair in map(add, word, word[1:]):
+            count[pair] += times[i]
+            where[pair].append(i)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    while len(tokens) < 256 + merges and heap:
+        negative, pair = heapq.heappop(heap)
+        if count[pair] != -negative:  # it has changed since: count falls silently, so put it back where it belongs now
+            heapq.heappush(heap, (-count[pair], pair))
+            continue
+        if count[pair] < 2:
+            break
+        merged = b"".join(tokens[ord(part)] for part in pair)
+        # tiktoken knows a token by its bytes alone, so another way to the same bytes is the same token.
+        new = chr(known.setdefault(merged, len(tokens)))
+        if ord(new) == len(tokens):
+            tokens.append(merged)
+        risen = set()
+        for i in where.pop(pair):
+            before, words[i] = words[i], words[i].replace(pair, new)
+            if before != words[i]:
+                for old in map(add, before, before[1:]):
+                    count[old] -= times[i]
+                for now in map(add, words[i], words[i][1:]):
+                    count[now] += times[i]
+                    if new in now:
+                        where[now].append(i)
+                        risen.add(now)
+        for pair in risen:
+            heapq.heappush(heap, (-count[pair], pair))
+    return tokens
+
+
+def learn_vocabulary(paths, options):
+    """The tokens of a BPE learnt on about BPE_BYTES of the text, without the specials."""
+    share = min(1.0, BPE_BYTES / (1 + sum(map(text_bytes, paths))))
+    words, merges = Counter(), options.vocab_size - 256 - len(SPECIALS)
+    for counts in parallel(count_words, chunked(read_items(paths, share)), options.workers):
+        words.update(counts)
+    tokens = learn_bpe(words, merges)
+    if len(tokens) < 256 + merges:
+        raise BadInput(f"the text of {len(paths)} files, {paths[0]} the first, gives {len(tokens) - 256} merges; vocab_size "
+                       f"{options.vocab_size} needs {merges}: use --vocab_size {len(tokens) + len(SPECIALS)} or less, or more text")
+    return tokens
+
+
+tokenizer_of = lru_cache(maxsize=1)(load_tokenizer)  # made once in each process
+
+
+def encode_chunk(chunk, vocabulary, threshold):
+    """A chunk's documents: (tokens, [SEP] after each document; lengths, [SEP] included; hashes; counts).
+
+    Dropped documents leave only a count behind. The hash of the normalised text decides on which side of the split a
+    document stands, and whether it is a duplicate.
+    """
+    tokenizer, tokens, lengths, hashes, counts = tokenizer_of(vocabulary), [], [], [], Counter()
+    for text in documents(chunk):
+        counts["read"] += 1
+        if text is None:
+            counts["too_long"] += 1
+        elif len(text := normalise(text)) < MIN_CHARS:
+            counts["too_short"] += 1
+        elif len(ids := tokenizer.encode_to_numpy(text, disallowed_special=())) >= threshold * len(text):
+            counts["filtered"] += 1
+        else:
+            counts["chars"] += len(text)
+            tokens.append(np.append(ids, tokenizer.encode_single_token("[SEP]")))
+            lengths.append(len(ids) + 1)
+            hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+    return np.concatenate([np.zeros(0, int), *tokens]).astype("<u2"), np.array(lengths, np.int64), np.array(hashes, np.uint64), counts
+
+
+def read_rows(path, lengths, keep, seq_len):
+    """Yields the tokens of the documents to keep as rows (n, seq_len), some ten thousand at a time.
+
+    lengths: for each chunk in the file, those of its documents; keep: bool (documents,).
+    """
+    rest = np.zeros(0, "<u2")
+    with open(path, "rb") as file:
+        for i in range(0, len(lengths), 8):
+            n = np.concatenate(lengths[i : i + 8])
+            kept, keep = np.repeat(keep[: len(n)], n), keep[len(n) :]
+            tokens = np.concatenate([rest, np.fromfile(file, "<u2", len(kept))[kept]])
+            rows, rest = np.split(tokens, [len(tokens) // seq_len * seq_len])
+            yield rows.reshape(-1, seq_len)
+
+
+def sort_rows(blocks, target, score, rng=None):
+    """Writes the rows (n, S) of all blocks() to `target`, those with the smallest sum of the score (V,) of tokens first.
+
+    Equal ones keep their order, or are shuffled by rng. Each row goes to a file for a range of sums, of about 64 MB;
+    then each such file is sorted in memory.
+    """
+    keys = [np.float32(score[rows].sum(1) + (rng.random(len(rows)) if rng else 0)) for rows in blocks()]
+    count = 1 + sum(map(len, keys)) * next(blocks()).shape[1] // (32 * CHUNK)
+    bounds = np.quantile(np.concatenate([k[::50] for k in keys]), np.arange(1, count) / count)
+    into = [np.searchsorted(bounds, k).astype(np.uint16) for k in keys]
+    parts = [Path(f"{target}.{i}.part") for i in range(count)]
+    for part in parts:
+        part.write_bytes(b"")  # a killed run may have left one
+    for rows, to in zip(blocks(), into, strict=True):
+        for i in np.unique(to):
+            with open(parts[i], "ab") as file:
+                rows[to == i].tofile(file)
+    with open(target, "wb") as file:
+        for i, part in enumerate(parts):
+            order = np.argsort(np.concatenate([k[to == i] for k, to in zip(keys, into, strict=True)]), kind="stable")
+            np.fromfile(part, "<u2").reshape(-1, rows.shape[1])[order].tofile(file)
+            part.unlink()
 
 
 def main(argv=None):
@@ -469,21 +392,15 @@ def main(argv=None):
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
     check_options(options)
     out = Path(options.out)
-    if (out / "meta.json").exists():
-        fail(f"{out} is a finished data folder already: delete it or choose another --out")
     mine = out / "unfinished.part"  # marks a folder that a run of this script may write to, and clean up
-    if out.exists() and not mine.exists() and any(out.iterdir()):
-        fail(f"{out} holds other files: choose another --out, or an empty folder")
     try:
-        files = find_files(options)
-        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-        need, free = 1.5 * sum(text_bytes(path) for path, _ in files), shutil.disk_usage(place).free
-        if need > free:
-            raise BadInput(f"{out} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB are needed: make room")
+        if out.exists() and any(out.iterdir()) and not mine.exists():
+            raise BadInput(f"{out} is a finished data folder already, or holds other files: delete it, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         mine.write_text(str(os.getpid()))
-        prepare(options, files, out)
-        mine.unlink()
+        prepare(options, out)
+        for left in out.glob("*.part"):  # also of runs that were killed
+            left.unlink()
     except BaseException as error:
         if mine.exists() and mine.read_text() == str(os.getpid()):
             shutil.rmtree(out)
@@ -494,81 +411,70 @@ def main(argv=None):
         raise
 
 
-def prepare(options, files, out):
-    """The three passes over `files`, written to the folder `out`."""
-    started, seconds = time.monotonic(), {}
+def prepare(options, out):
+    """The three passes, from the source to the files of the folder `out`."""
+    times = {"": time.monotonic()}  # at which a stage was done
+    seq_len, vocab_size = options.seq_len, options.vocab_size
+    paths = find_files(options, out)
+    check_room(out, 1.5 * sum(map(text_bytes, paths)))
+    times["find"] = time.monotonic()
+    tokens = learn_vocabulary(paths, options)
+    vocabulary = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (out / "tokenizer.tiktoken").write_text(vocabulary)
+    times["learn"] = time.monotonic()
 
-    def stage_done(name):
-        seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 1)
-
-    share = min(1.0, BPE_BYTES / (1 + sum(text_bytes(path) for path, kind in files if kind != "python")))
-    words = Counter()
-    for counts in parallel(count_words, chunked(read_items(files, share)), options.workers):
-        words.update(counts)
-    if not words:
-        raise BadInput(f"no text in {len(files)} files, the first of which is {files[0][0]}: give files that hold some")
-    stage_done("count words")
-    merges = options.vocab_size - 256 - len(SPECIALS)
-    tokens = learn_bpe(words, merges)
-    if len(tokens) < 256 + merges:
-        raise BadInput(f"the text gives {len(tokens) - 256} merges, vocab_size {options.vocab_size} needs {merges}: "
-                       f"use --vocab_size {len(tokens) + len(SPECIALS)} or less, or more text")
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-    vocabulary = out / "tokenizer.tiktoken"
-    vocabulary.write_text("".join(lines))
-    stage_done("learn merges")
-
-    items = islice(read_items(files), options.max_docs or None)
-    encode = partial(encode_chunk, vocabulary=(vocabulary, sha256(vocabulary)), threshold=options.filter)
-    parts, chars = [], 0
-    seen = Counter(read=0, too_short=0, too_long=0, filtered=0)
+    items = islice(read_items(paths), options.max_docs or None)
+    encode = partial(encode_chunk, vocabulary=vocabulary, threshold=options.filter)
+    parts, seen = [], Counter(read=0, too_short=0, too_long=0, filtered=0, chars=0)
     with open(out / "tokens.part", "wb") as file:
-        for ids, lengths, hashes, n, counts in parallel(encode, chunked(items), options.workers):
-            ids.astype("<u2").tofile(file)
+        for ids, lengths, hashes, counts in parallel(encode, chunked(items), options.workers):
+            ids.tofile(file)
             parts.append((lengths, hashes))
-            chars += n
             seen.update(counts)
-            show(f"{seen['read']} documents, {chars / 1e6 / (time.monotonic() - started):.1f} MB/s")
-    lengths, hashes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    stage_done("encode")
+            show(f"{seen['read']} documents, {seen['chars'] / 1e6 / (time.monotonic() - times['learn']):.1f} MB/s")
+    lengths, hashes = zip(*parts, strict=True)
+    hashes = np.concatenate(hashes)
+    times["encode"] = time.monotonic()
 
     first = np.zeros(len(hashes), bool)
     first[np.unique(hashes, return_index=True)[1]] = True  # of equal documents the first one stays
     held_out = hashes < options.val_share * 2.0**64
     kept = {"train": first & ~held_out, "val": first & held_out}
-    rows = {name: pack(out / "tokens.part", out / f"{name}.part", lengths, kept[name], options.seq_len) for name in kept}
-    seen.update(duplicate=int((~first).sum()), kept=int(first.sum()), val=int(kept["val"].sum()))
-    (out / "tokens.part").unlink()
-    if not rows["train"] or not rows["val"]:
-        raise BadInput(f"too little text: {seen['read']} documents gave {rows['train']} rows of {options.seq_len} "
-                       f"tokens to train on and {rows['val']} to validate; give more, or a larger --val_share or --filter")
-    trained, found = (count_tokens(out / f"{name}.part", options.seq_len, options.vocab_size) for name in kept)
-    log_probability = np.log((trained + 1) / (trained + 1).sum())
-    unigram_nats = float(-(found * log_probability).sum() / found.sum())
+    blocks = {name: partial(read_rows, out / "tokens.part", lengths, keep, seq_len) for name, keep in kept.items()}
+    count = {name: sum(np.bincount(rows.ravel(), minlength=vocab_size) for rows in blocks[name]()) for name in kept}
+    rows = {name: int(count[name].sum()) // seq_len for name in kept}
+    if not all(rows.values()):
+        raise BadInput(f"too little text: {seen['read']} documents gave {rows['train']} rows of {seq_len} tokens to train on "
+                       f"and {rows['val']} to validate; give more, or a larger --val_share or --filter")
+    log_probability = np.log((count["train"] + 1) / (count["train"] + 1).sum())
+    unigram_nats = float(-(count["val"] * log_probability).sum() / count["val"].sum())
     stops = np.array([token.count(b".") for token in tokens] + [0] * len(SPECIALS))
     for name, how in (("train", options.sort), ("val", "none")):  # the trainer takes the first rows of val.bin
-        keys = row_keys(out / f"{name}.part", how, options.seq_len, log_probability, stops, options.seed)
-        sort_rows(out / f"{name}.part", out / f"{name}.bin", keys, options.seq_len)
-    stage_done("pack and order")
+        score = {"prevalence": -log_probability / seq_len, "sentences": -stops, "none": 0 * stops}[how]
+        rng = None if how == "prevalence" else np.random.default_rng(options.seed)
+        sort_rows(blocks[name], out / f"{name}.bin", score, rng)
+    times["pack and order"] = time.monotonic()
 
+    chars = seen.pop("chars")
+    seconds = {name: round(end - start, 1) for (_, start), (name, end) in pairwise(times.items())}
+    seen.update(duplicate=int((~first).sum()), kept=int(first.sum()), val=int(kept["val"].sum()))
     meta = {
-        "format": cram.DATA_FORMAT, "seq_len": options.seq_len, "vocab_size": options.vocab_size, "pattern": PATTERN,
-        "special_tokens": {name: options.vocab_size - len(SPECIALS) + i for i, name in enumerate(SPECIALS)},
+        "format": cram.DATA_FORMAT, "seq_len": seq_len, "vocab_size": vocab_size, "pattern": PATTERN,
+        "special_tokens": {name: vocab_size - len(SPECIALS) + i for i, name in enumerate(SPECIALS)},
         "normalisation": "NFD, lower case, ASCII only, control characters dropped, white space folded",
-        "rows": rows, "tokens": {name: n * options.seq_len for name, n in rows.items()}, "documents": dict(seen),
+        "rows": rows, "tokens": {name: n * seq_len for name, n in rows.items()}, "documents": dict(seen),
         "files": {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in FILES},
-        "unigram_nats": unigram_nats, "chars_per_token": chars / lengths.sum(), "seed": options.seed,
+        "unigram_nats": unigram_nats, "chars_per_token": chars / int(sum(n.sum() for n in lengths)), "seed": options.seed,
         "options": asdict(options), "seconds": seconds,
     }
     cram.write_whole(out / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     show("")
-    d, tokens = seen, meta["tokens"]["train"] / 1e6
-    print(f"""read       {d["read"]} documents of {len(files)} files
-dropped    {d["too_short"]} too short, {d["too_long"]} too long, {d["filtered"]} that compress badly, {d["duplicate"]} duplicates
-kept       {d["kept"]}, of which {d["val"]} to validate
-tokens     {meta["chars_per_token"]:.2f} characters each, vocabulary {options.vocab_size}
-rows       {rows["train"]} to train ({tokens:.1f} M tokens), {rows["val"]} to validate, order: {options.sort}
-seconds    {", ".join(f"{name} {s:.1f}" for name, s in seconds.items())}; {time.monotonic() - started:.1f} in all
+    print(f"""read       {seen["read"]} documents, {chars / 1e6:.0f} MB after normalising
+dropped    {seen["too_short"]} too short, {seen["too_long"]} too long, {seen["filtered"]} that compress badly, {seen["duplicate"]} duplicates
+kept       {seen["kept"]}, of which {seen["val"]} to validate
+tokens     {meta["chars_per_token"]:.2f} characters each, vocabulary {vocab_size}
+rows       {rows["train"]} to train ({meta["tokens"]["train"] / 1e6:.1f} M tokens), {rows["val"]} to validate, order: {options.sort}
+seconds    {", ".join(f"{name} {s:.1f}" for name, s in seconds.items())}; {sum(seconds.values()):.1f} in all
 unigram    {unigram_nats:.3f} nats a token on the validation rows: the line that training must beat
 wrote      {out}""")
 

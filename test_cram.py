@@ -218,12 +218,13 @@ def test_rows_are_ordered_as_asked(tmp_path, stories):
 
 
 def test_sorting_through_buckets_equals_sorting_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK", 64)  # 4 kB buckets instead of 64 MB
+    monkeypatch.setattr(prepare_data, "CHUNK", 64)  # 4 kB files instead of 64 MB
     rng = np.random.default_rng(0)
-    rows, keys = rng.integers(0, 500, (2000, 16), np.uint16), rng.integers(0, 40, 2000).astype(np.float32)
-    rows.tofile(tmp_path / "rows")
-    prepare_data.sort_rows(tmp_path / "rows", tmp_path / "sorted", keys, 16)
-    assert (np.fromfile(tmp_path / "sorted", np.uint16).reshape(-1, 16) == rows[np.argsort(keys, kind="stable")]).all()
+    rows, score = rng.integers(0, 500, (2000, 16), np.uint16), rng.integers(0, 9, 500)  # many equal sums
+    prepare_data.sort_rows(lambda: iter(np.split(rows, [100, 100, 900])), tmp_path / "sorted", score)
+    order = np.argsort(score[rows].sum(1), kind="stable")
+    assert (np.fromfile(tmp_path / "sorted", np.uint16).reshape(-1, 16) == rows[order]).all()
+    assert os.listdir(tmp_path) == ["sorted"]
 
 
 def test_the_output_does_not_depend_on_the_workers(tmp_path, data, stories, monkeypatch):
@@ -246,7 +247,7 @@ def test_documents_are_dropped_and_counted(tmp_path, stories, capsys):
     documents = json.loads((tmp_path / "d/meta.json").read_text())["documents"]
     assert documents["read"] == 406 and documents["too_short"] == 1 and documents["filtered"] == 1
     assert documents["duplicate"] == 3 and documents["kept"] == 401
-    assert "406 documents of 3 files" in capsys.readouterr().out
+    assert "406 documents, " in capsys.readouterr().out
     prepare_data.main(["--source", str(folder / "a.jsonl"), "--out", str(tmp_path / "e"), "--max_docs", "300", *PREPARE])
     assert json.loads((tmp_path / "e/meta.json").read_text())["documents"]["read"] == 300
 
@@ -259,10 +260,13 @@ def test_unigram_line_of_the_manifest(data):
     assert json.loads((data / "meta.json").read_text())["unigram_nats"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_docstrings_are_read_without_importing():
+def test_docstrings_are_read_without_importing(tmp_path):
     code = '"""Top."""\nraise SystemExit\nclass A:\n    """A class.\n\n    More."""\n    def f(self):\n        "Inner."\n'
-    assert sorted(prepare_data.docstrings(code)) == ["A class.\n\nMore.", "Inner.", "Top."]
-    assert list(prepare_data.docstrings("print 'python 2'")) == []
+    (tmp_path / "code.py").write_text(code)
+    assert sorted(prepare_data.docstrings(tmp_path / "code.py")) == ["A class.\n\nMore.", "Inner.", "Top."]
+    for other in (b"print 'python 2'", b"'no UTF-8: \xe9'", b"NUL = '\0'"):
+        (tmp_path / "code.py").write_bytes(other)
+        assert prepare_data.docstrings(tmp_path / "code.py") == []
 
 
 # ------------------------------------------------------------------------------- downloads, hostile input
@@ -281,7 +285,7 @@ def server(monkeypatch):
             asked.append(self.headers.get("Range"))
             answer = plan.pop(0) if len(plan) > 1 else plan[0]
             start = int(asked[-1][6:-1]) if asked[-1] and answer != "no range" else 0
-            if answer in (404, 429, 503):
+            if answer in (404, 416, 429, 503):
                 self.send_response(answer)
                 self.send_header("Retry-After", "7")
                 self.send_header("Content-Length", "0")
@@ -309,6 +313,7 @@ def server(monkeypatch):
 @pytest.mark.parametrize("answers, ranges", [
     (["whole"], [None]),
     (["drop", "drop", "whole"], [None, "half", "more"]),  # goes on where it broke off
+    (["drop", 416, "whole"], [None, "half", None]),  # what had come is no start of the file: taken from the start
     (["drop", "no range"], [None, "half"]),  # sends all of it again: taken from the start
     ([429, 503, "whole"], [None, None, None]),
     (["no length"], [None]),
@@ -318,24 +323,24 @@ def test_downloads_arrive_whole(tmp_path, server, answers, ranges):
     plan += answers
     path = tmp_path / "deep/file.json.gz"
     prepare_data.download(prepare_data.C4_URL.format(3), path)
-    assert path.read_bytes() == content and [bool(a) for a in asked] == [bool(r) for r in ranges]
+    assert path.read_bytes() == content and [a != "bytes=0-" for a in asked] == [bool(r) for r in ranges]
     assert os.listdir(path.parent) == ["file.json.gz"]
     if 429 in answers:
-        assert waits == [7, 7]  # as long as the server asked for
+        assert waits == [0, 7, 7]  # as long as the server asked for
     prepare_data.download(prepare_data.C4_URL.format(3), path)  # there already: no request
     assert len(asked) == len(answers)
 
 
 def test_downloads_that_fail_say_so(tmp_path, server):
     plan, asked, waits, _ = server
-    for answer, expected in ((404, "answered 404"), ("html", "with a web page"), (503, "could not be downloaded: the server answered 503")):
+    for answer, expected in ((404, "answered 404"), ("html", "answered 200 OK text/html"), (503, "could not be downloaded: the server answered 503")):
         plan[:] = [answer]
         with pytest.raises(prepare_data.BadInput, match=expected):
             prepare_data.download(prepare_data.C4_URL.format(1), tmp_path / "x.gz")
     assert len(asked) == 1 + 1 + 8 and list(tmp_path.iterdir()) == []
     with pytest.raises(prepare_data.BadInput, match="no connection"):
         prepare_data.download("http://127.0.0.1:9/nothing", tmp_path / "x.gz")
-    assert waits[-8:] == [1, 2, 4, 8, 16, 32, 60, 60]  # each wait longer than the last, to a minute
+    assert waits[-8:] == [0, 1, 2, 4, 8, 16, 32, 60]  # each wait longer than the last, to a minute
 
 
 def test_c4_is_downloaded_and_prepared(tmp_path, server, monkeypatch):
@@ -349,6 +354,13 @@ def test_c4_is_downloaded_and_prepared(tmp_path, server, monkeypatch):
     prepare_data.main([*flags, "--max_docs", "2500", "--out", str(tmp_path / "more")])
     assert len(asked) == 2  # the shard was kept
     cram.load_data(tmp_path / "more")
+
+
+def locked(path, *mode):
+    """open, for somebody who may not read secret.txt."""
+    if Path(path).name == "secret.txt":
+        raise PermissionError(errno.EACCES, "Permission denied")
+    return open(path, *mode)
 
 
 def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
@@ -370,10 +382,18 @@ def test_hostile_input_is_counted_or_refused(tmp_path, stories, monkeypatch):
     assert documents["kept"] == 1398
     loop = tmp_path / "loop.txt"
     loop.symlink_to(loop)
-    assert "no such file" in message(prepare_data.main, ["--source", str(loop), "--out", str(tmp_path / "l"), *PREPARE])
-    (tmp_path / "not.jsonl.gz").write_bytes(b"no gzip at all")
-    text = message(prepare_data.main, ["--source", str(tmp_path / "not.jsonl.gz"), "--out", str(tmp_path / "l"), *PREPARE])
-    assert "not.jsonl.gz cannot be read (Not a gzipped file" in text
+    assert "does not exist" in message(prepare_data.main, ["--source", str(loop), "--out", str(tmp_path / "l"), *PREPARE])
+    for name, content, expected in (
+        ("not.jsonl.gz", b"no gzip at all", "not.jsonl.gz cannot be read (Not a gzipped file"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "all of it"}\n' * 999)[:-20], "cut.jsonl.gz cannot be read ("),
+        ("picture.json.gz", gzip.compress(b"\x89PNG\r\n\x1a\n\0"), "picture.json.gz, line 1 is no UTF-8 text"),
+        ("surrogate.txt", b"raw \xed\xa0\x80", "surrogate.txt is no UTF-8 text"),
+        ("secret.txt", b"not for us", "secret.txt cannot be read ([Errno 13] Permission denied"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(prepare_data, "open", locked, raising=False)  # root may read all files, so chmod would not do
+        text = message(prepare_data.main, ["--source", str(tmp_path / name), "--out", str(tmp_path / "l"), *PREPARE])
+        assert expected in text and not (tmp_path / "l").exists()
     monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     text = message(prepare_data.main, ["--source", str(folder), "--out", str(tmp_path / "full"), *PREPARE])
     assert "0.0 GB free" in text and not (tmp_path / "full").exists()
@@ -404,6 +424,14 @@ def test_a_killed_preparation_is_refused_and_done_again(tmp_path, stories, data)
     for name in cram.FILES:
         assert (tmp_path / "d" / name).read_bytes() == (data / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*cram.FILES, "meta.json"])
+
+
+def test_workers_end_with_a_killed_parent():
+    code = "import time, prepare_data\nfor _ in prepare_data.parallel(time.sleep, [0] * 9 + [600] * 2, 2): print(1, flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=30)  # ends when nobody holds the pipe any more, workers included
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -931,16 +959,16 @@ def test_messages_of_prepare_data(tmp_path, stories):
     (tmp_path / "other.jsonl").write_text('{"body": "no text"}\n')
     (tmp_path / "picture.png").write_bytes(b"png")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:2000])
-    assert "no such file or folder: nowhere" in prepare("--source", "nowhere")
+    assert "nowhere does not exist" in prepare("--source", "nowhere")
     assert "picture.png" in prepare("--source", str(tmp_path / "picture.png"))
-    assert "no text in 1 files" in prepare("--source", str(tmp_path / "empty.txt"))
+    assert "empty.txt the first, gives 0 merges" in prepare("--source", str(tmp_path / "empty.txt"))
     (tmp_path / "short.txt").write_text("aaaa bbbb aaaa bbbb aaaa bbbb")
     assert "too little text: 1 documents gave 0 rows" in prepare("--source", str(tmp_path / "short.txt"), "--vocab_size", "261")
-    assert "latin.txt is not UTF-8 (byte 1)" in prepare("--source", str(tmp_path / "latin.txt"))
-    assert "broken.jsonl, line 2 is not JSON" in prepare("--source", str(tmp_path / "broken.jsonl"))
-    assert 'line 1 is not JSON with a "text"' in prepare("--source", str(tmp_path / "other.jsonl"))
+    assert "can't decode byte 0xe9 in position 1" in prepare("--source", str(tmp_path / "latin.txt"))
+    assert "broken.jsonl, line 2 is no UTF-8 text, or not JSON" in prepare("--source", str(tmp_path / "broken.jsonl"))
+    assert 'other.jsonl, line 1 is no UTF-8 text, or not JSON with a "text" (KeyError' in prepare("--source", str(tmp_path / "other.jsonl"))
     assert "cut.jsonl.gz cannot be read" in prepare("--source", str(tmp_path / "cut.jsonl.gz"))
-    assert "vocab_size 70000: expected 261 to 65536" in prepare("--source", str(good), "--vocab_size", "70000")
+    assert "vocab_size is 70000: expected 261 to 65536" in prepare("--source", str(good), "--vocab_size", "70000")
     text = prepare("--source", str(good), "--vocab_size", "5000")
     most = re.search(r"use --vocab_size (\d+) or less", text)[1]
     assert "unknown sort 'length'" in prepare("--source", str(good), "--sort", "length")
