@@ -968,10 +968,11 @@ def test_messages_of_prepare_data(tmp_path, stories):
     assert "broken.jsonl, line 2 is no UTF-8 text, or not JSON" in prepare("--source", str(tmp_path / "broken.jsonl"))
     assert 'other.jsonl, line 1 is no UTF-8 text, or not JSON with a "text" (KeyError' in prepare("--source", str(tmp_path / "other.jsonl"))
     assert "cut.jsonl.gz cannot be read" in prepare("--source", str(tmp_path / "cut.jsonl.gz"))
-    assert "vocab_size is 70000: expected 261 to 65536" in prepare("--source", str(good), "--vocab_size", "70000")
+    assert "got '70000', expected a whole number from 0 to 65536" in prepare("--source", str(good), "--vocab_size", "70000")
+    assert "vocab_size is 260: expected more than the 256 bytes" in prepare("--source", str(good), "--vocab_size", "260")
     text = prepare("--source", str(good), "--vocab_size", "5000")
     most = re.search(r"use --vocab_size (\d+) or less", text)[1]
-    assert "unknown sort 'length'" in prepare("--source", str(good), "--sort", "length")
+    assert "expected prevalence, sentences, none" in prepare("--source", str(good), "--sort", "length")
     assert not (tmp_path / "d").exists()  # nothing half-written is left
     prepare_data.main(["--source", str(good), "--out", str(tmp_path / "d"), *PREPARE, "--vocab_size", most])
     assert "finished data folder already" in prepare("--source", str(good))
