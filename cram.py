@@ -113,7 +113,7 @@ def parse_flags(cls, argv, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=style)
     parser.error = fail
     for f in fields(cls):
-        extra = {"nargs": "+"} if f.type is tuple else {"nargs": "?", "const": True} if f.type is bool else {}
+        extra = {"nargs": "+"} if f.type is tuple else {"nargs": "?", "const": True} if bool in (f.type, *get_args(f.type)) else {}
         shown = " ".join(f.default) if f.type is tuple else f.default
         text = f"{f.metadata['help']} (default: {shown or repr(shown)})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", metavar=f.name.upper(), help=text, default=argparse.SUPPRESS,
@@ -556,7 +556,7 @@ def build(cfg, vocab_size, seq_len, device, dtype):
     model = Model(cfg, vocab_size, seq_len).to(device)
     can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton")
     compiled = bool(can_compile) if cfg.compile == "auto" else cfg.compile
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     return model, forward, make_optimizer(model, cfg), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
