@@ -963,6 +963,8 @@ def test_batches_hold_every_example_once_with_little_padding():
         for index, rows, mask in batches:
             assert (mask.sum(1).numpy() == lengths[index]).all() and (rows[:, 0] == index + 1).all()
         assert sum(rows.numel() for _, rows, _ in batches) < 1.15 * lengths.sum()
+    widths = [rows.shape[1] for _, rows, _ in batches[:50]]
+    assert widths != sorted(widths)  # a random order, and no curriculum of lengths
     order = [index.tolist() for index, _, _ in batches]
     assert order == [index.tolist() for index, _, _ in run(1)] != [index.tolist() for index, _, _ in run(2)]
 
