@@ -13,12 +13,14 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import xml.etree.ElementTree
+import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -1065,99 +1067,375 @@ def test_metrics_by_hand():
     assert finetune_glue.f1(predicted, true) == pytest.approx(2 / 3)  # 2 hits, 1 false, 1 missed: 4 / (4 + 1 + 1)
     # tp 2, tn 2, fp 1, fn 1: (4 - 1) / sqrt(3 * 3 * 3 * 3)
     assert finetune_glue.matthews(predicted, true) == pytest.approx(3 / 9)
-    assert finetune_glue.matthews(np.ones(6), true) == 0 and finetune_glue.f1(np.zeros(6), np.zeros(6)) == 0
     # deviations (-1, 0, 1) and (-2, 1, 1): 3 / sqrt(2 * 6)
     assert finetune_glue.pearson([1, 2, 3], [0, 3, 3]) == pytest.approx(3 / math.sqrt(12))
     assert finetune_glue.pearson([1, 2, 3], [5, 3, 1]) == pytest.approx(-1)
-    assert math.isnan(finetune_glue.pearson([2, 2, 2], [1, 2, 3]))
+    # ranks (1, 2, 3, 4) and (1.5, 1.5, 3, 4): (3.75 + ...) / sqrt(5 * 4.5) = 4.5 / sqrt(22.5)
+    assert finetune_glue.spearman([1, 10, 100, 1000], [2, 2, 3, 9]) == pytest.approx(4.5 / math.sqrt(22.5))
+
+
+def ranks(values):
+    """One plus the smaller values, and half of the other equal ones."""
+    return [1 + sum(v < x for v in values) + (values.count(x) - 1) / 2 for x in values]
+
+
+def correlation(x, y):
+    """From the differences of all pairs, with no mean in it."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x))]
+    xx, yy = (sum((z[i] - z[j]) ** 2 for i, j in pairs) for z in (x, y))
+    return sum((x[i] - x[j]) * (y[i] - y[j]) for i, j in pairs) / math.sqrt(xx * yy) if xx * yy else math.nan
+
+
+def test_metrics_equal_their_brute_force_twins():
+    rng = random.Random(0)
+    for _ in range(200):
+        n = rng.randint(2, 30)
+        p, t = ([rng.randint(0, 4) for _ in range(n)] for _ in "pt")
+        for metric, expected in (("pearson", correlation(p, t)), ("spearman", correlation(ranks(p), ranks(t)))):
+            assert getattr(finetune_glue, metric)(p, t) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        p, t = (np.array([value > 2 for value in side], float) for side in (p, t))
+        tp, tn, fp, fn = (int(np.sum((p == a) & (t == b))) for a, b in ((1, 1), (0, 0), (1, 0), (0, 1)))
+        scale = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert finetune_glue.matthews(p, t) == pytest.approx((tp * tn - fp * fn) / scale if scale else 0, abs=1e-12)
+        assert finetune_glue.f1(p, t) == pytest.approx(tp / (tp + (fp + fn) / 2) if tp + fp + fn else math.nan, nan_ok=True)
+
+
+def test_undefined_metrics_are_nan_and_no_number():
+    true, no = np.array([1, 0, 0, 1]), np.zeros(4)
+    assert math.isnan(finetune_glue.f1(no, no)) and finetune_glue.f1(no, true) == 0
+    assert finetune_glue.matthews(np.ones(4), true) == 0
+    for metric in (finetune_glue.pearson, finetune_glue.spearman):
+        assert math.isnan(metric(np.full(1000, 0.1), np.arange(1000)))  # the mean of these is not exactly 0.1
+        assert math.isnan(metric(np.array([1, 2, math.nan]), np.array([1, 2, 3])))
+    for task in finetune_glue.TASKS.values():
+        scores = finetune_glue.score(task, np.array([1, 0, 0, math.nan]), true)
+        assert set(scores) == set(task.metrics) and all(map(math.isnan, scores.values()))
 
 
 def test_pairs_are_encoded_and_cut_longest_first(trained):
     _, tokenizer, _ = cram.load_model(trained)
-    one, = finetune_glue.encode([("The cat.",)], tokenizer, 32)
-    assert one == [377, *tokenizer.encode_ordinary("the cat."), 378]
+    tokens, lengths, cut = finetune_glue.encode([("The cat.",), ("The cat. The cat.",)], tokenizer, 32)
+    one = [377, *tokenizer.encode_ordinary("the cat."), 378]
+    assert tokens[0].tolist() == one + [376] * (lengths[1] - len(one)) and lengths[0] == len(one) and cut == 0
     a, b = "the cat sees " * 20, "the dog"
-    row, = finetune_glue.encode([(a, b)], tokenizer, 32)
-    assert len(row) == 32 and row[0] == 377 and row[-1] == 378 and row.count(378) == 2
+    (row,), _, cut = finetune_glue.encode([(a, b)], tokenizer, 32)
+    row = row.tolist()
+    assert len(row) == 32 and row[0] == 377 and row[-1] == 378 and row.count(378) == 2 and cut == 1
     assert row[row.index(378) + 1 : -1] == tokenizer.encode_ordinary("the dog")  # the short text stays whole
+    (row,), _, _ = finetune_glue.encode([(a, a)], tokenizer, 32)
+    assert row.tolist().index(378) in (15, 16) and row[31] == 378  # texts of one length are cut in turn: 29 = 14 + 15
 
 
-def test_buckets_hold_every_example_once_with_little_padding():
+def test_batches_hold_every_example_once_with_little_padding():
     lengths = np.random.default_rng(0).integers(4, 120, 1003)
-    for rng in (None, np.random.default_rng(1)):
-        batches = finetune_glue.bucketed(lengths, 16, rng)
-        assert sorted(i for batch in batches for i in batch) == list(range(1003))
-        assert max(map(len, batches)) == 16
-        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-        assert padded < 1.1 * lengths.sum()
-    again = finetune_glue.bucketed(lengths, 16, np.random.default_rng(1))
-    assert all((x == y).all() for x, y in zip(batches, again, strict=True))
+    tokens = torch.arange(1003, dtype=torch.int32)[:, None].repeat(1, 120) + 1
+    tokens[torch.arange(120) >= torch.from_numpy(lengths)[:, None]] = 0
+
+    def run(seed):
+        return list(finetune_glue.batches(tokens, lengths, 16, 0, None if seed is None else np.random.default_rng(seed)))
+
+    for seed in (None, 1):
+        batches = run(seed)
+        assert sorted(i for index, _, _ in batches for i in index.tolist()) == list(range(1003))
+        assert max(len(index) for index, _, _ in batches) == 16
+        for index, rows, mask in batches:
+            assert (mask.sum(1).numpy() == lengths[index]).all() and (rows[:, 0] == index + 1).all()
+        assert sum(rows.numel() for _, rows, _ in batches) < 1.15 * lengths.sum()
+    widths = [rows.shape[1] for _, rows, _ in batches[:50]]
+    assert widths != sorted(widths)  # a random order, and no curriculum of lengths
+    order = [index.tolist() for index, _, _ in batches]
+    assert order == [index.tolist() for index, _, _ in run(1)] != [index.tolist() for index, _, _ in run(2)]
 
 
-def write_glue(folder):
-    """GLUE tasks of the official layouts that the stories' words can solve."""
+SPLITS = {"train": 160, "dev": 40, "test": 9}
+
+
+def glue_rows(name, split, count, rng):
+    """Lines of a file of the official layout that the stories' words can solve."""
+    task, labelled = finetune_glue.TASKS[name], not split.startswith("test")
+    rows = [] if name == "cola" and labelled else [["index", "extra", *task.texts, *[task.label] * labelled]]
+    for i in range(count):
+        yes, place = rng.random() < 0.5, rng.choice(PLACES)
+        a = f'The "{"cat" if yes else "dog"} likes the fox {place}'  # a lone quote, as in the real files
+        label = task.labels[yes] if task.labels else f"{5.0 * yes:.3f}"
+        texts = [a, f"the wolf {place}"][: len(task.texts)]
+        rows.append(["gj04", label, "", a] if name == "cola" and labelled else [str(i), "x", *texts, *[label] * labelled])
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def write_glue(folder, names=("cola", "sst2", "stsb", "rte")):
     rng = random.Random(1)
-    for name in ("CoLA", "SST-2", "RTE", "STS-B"):
-        (folder / name).mkdir(parents=True)
-        for split, count in (("train", 200), ("dev", 60)):
-            lines = {"CoLA": [], "SST-2": ["sentence\tlabel"], "RTE": ["index\tsentence1\tsentence2\tlabel"],
-                     "STS-B": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"]}[name]
-            for i in range(count):
-                yes, place = rng.random() < 0.5, rng.choice(PLACES)
-                a = f'The "{"cat" if yes else "dog"} likes the fox {place}'  # a lone quote, as in the real files
-                b = f"the wolf {place}"
-                lines.append({"CoLA": f"gj04\t{int(yes)}\t\t{a}", "SST-2": f"{a}\t{int(yes)}",
-                              "RTE": f"{i}\t{a}\t{b}\t{'entailment' if yes else 'not_entailment'}",
-                              "STS-B": f"{i}\t" + "x\t" * 6 + f"{a}\t{b}\t{5.0 * yes:.3f}"}[name])
-            (folder / name / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    for name in names:
+        task = finetune_glue.TASKS[name]
+        (folder / task.folder).mkdir(parents=True)
+        for split in task.rows:
+            count = SPLITS[split.partition("_")[0]]
+            (folder / task.folder / f"{split}.tsv").write_text(glue_rows(name, split, count, rng))
     return folder
 
 
-def test_glue_from_start_to_table(tmp_path, trained, capsys):
-    glue = write_glue(tmp_path / "glue")
-    flags = ["--glue_dir", str(glue), "--seeds", "2", "--epochs", "5", "--batch_size", "4", "--lr", "1e-3", "--head_width", "64", "--device", "cpu"]
-    finetune_glue.main(["--checkpoint", str(trained), *flags])
+@pytest.fixture
+def scored(tmp_path, trained):
+    """A checkpoint of its own, so that its glue.json starts empty."""
+    return Path(shutil.copytree(trained, tmp_path / "scored"))
+
+
+FAST = ["--epochs", "5", "--batch_size", "4", "--lr", "1e-3", "--device", "cpu", "--dtype", "fp32"]
+
+
+def readme_row(text):
+    """{column and metric: score} of the closing table."""
+    header, _, row = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return dict(zip(header, row, strict=True))
+
+
+def test_all_of_glue_from_start_to_submission(tmp_path, scored, capsys):
+    glue = write_glue(tmp_path / "glue", finetune_glue.TASKS)
+    submit = tmp_path / "submit"
+    finetune_glue.main(["--checkpoint", str(scored), "--glue_dir", str(glue), "--seeds", "1", "--submit", str(submit), *FAST])
     text = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (\w+) \| \w+ \| ([\d.]+) \|", text, re.MULTILINE))
-    assert list(rows) == ["cola", "sst2", "stsb", "rte"] and "| 200 / 60 |" in text
-    assert all(float(score) > 75 for score in rows.values()), rows
-    finetune_glue.main(["--checkpoint", "none", "--like", str(trained), "--tasks", "sst2", *flags])
-    assert "random weights" in capsys.readouterr().out
+    row = readme_row(text)
+    assert list(row)[1:] == ["CoLA matthews", "SST-2 accuracy", "MRPC f1", "QQP f1", "STS-B pearson", "MNLI-m accuracy",
+                             "MNLI-mm accuracy", "QNLI accuracy", "RTE accuracy", "GLUE average"]
+    scores = [float(row[column]) for column in list(row)[1:]]
+    assert min(scores) > 70 and scores[-1] == pytest.approx(sum(scores[:9]) / 9, abs=0.1), row
+    assert all(f"{metric}: median" in text for metric in ("accuracy", "spearman"))
+    assert f"warning: {glue}/MNLI/dev_matched.tsv has 40 examples, expected the 9815 of the official file" in text
+    names = ["CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE"]
+    with zipfile.ZipFile(submit / "submission.zip") as archive:
+        assert archive.namelist() == [f"{name}.tsv" for name in names]
+        for name in names:
+            header, *rows = archive.read(f"{name}.tsv").decode().splitlines()
+            assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == list(map(str, range(9)))
+            words = {row.split("\t")[1] for row in rows}
+            expected = {"MNLI-m": {"entailment", "neutral"}, "RTE": {"entailment", "not_entailment"}, "MRPC": {"0", "1"}}
+            assert words <= expected.get(name, words)
+    yes = ["cat" in line for line in (glue / "RTE/test.tsv").read_text().splitlines()[1:]]
+    assert [line.endswith("not_entailment") for line in (submit / "RTE.tsv").read_text().splitlines()[1:]] == yes
+
+
+def test_finished_runs_are_kept_and_never_mixed(tmp_path, scored, trained, capsys, monkeypatch):
+    glue, calls, real = write_glue(tmp_path / "glue"), [], finetune_glue.finetune
+
+    def finetune(task, *args):
+        calls.append((task.folder, args[-1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(task, *args)
+
+    monkeypatch.setattr(finetune_glue, "finetune", finetune)
+
+    def run(*flags, checkpoint=scored):
+        calls.clear()
+        finetune_glue.main(["--checkpoint", str(checkpoint), "--glue_dir", str(glue), "--tasks", "rte,stsb", "--seeds", "2", *FAST,
+                            "--epochs", "1", *flags])
+        return capsys.readouterr().out
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    calls += [None] * 3  # no more interruptions
+    before = (scored / "glue.json").read_text()
+    monkeypatch.setattr(finetune_glue, "finetune", lambda task, *args: calls.append((task.folder, args[-1])) or real(task, *args))
+    capsys.readouterr()
+    text = run()
+    assert calls == [("STS-B", 0), ("STS-B", 1)] and text.count("taken from") == 2
+    assert json.loads((scored / "glue.json").read_text())[:2] == json.loads(before)
+    assert "mean of these 2 columns" in text and "GLUE average" not in text and "median of seeds 0 to 1" in text
+    again = run()
+    assert not calls and readme_row(again) == readme_row(text)
+    run("--submit", str(tmp_path / "submit"))  # predictions are not kept: the run in the middle is made again
+    assert len(calls) == 2
+    run("--lr", "2e-3")
+    assert len(calls) == 4
+    run("--like", str(scored), checkpoint="none")
+    assert len(calls) == 4
+    (glue / "RTE/dev.tsv").write_text((glue / "RTE/dev.tsv").read_text().replace("fox", "cat"))
+    run()
+    assert calls == [("RTE", 0), ("RTE", 1)]
+    state = torch.load(scored / "checkpoint.pt", weights_only=True)
+    state["model"]["final_norm.weight"] += 1
+    torch.save(state, scored / "checkpoint.pt")
+    run()
+    assert len(calls) == 4
+
+
+def test_the_seed_in_the_middle_is_submitted(tmp_path, scored, monkeypatch):
+    glue = write_glue(tmp_path / "glue", ["rte"])
+
+    def finetune(task, data, *args):  # the dev set as it is, but for 10 * (3, 1, 2) errors; test: all of label `seed`
+        dev, errors = data["dev"][2].astype(float), 10 * [3, 1, 2][args[-1]]
+        dev[:errors] = 1 - dev[:errors]
+        return {"dev": dev, "test": np.full(9, float(args[-1] == 2))}
+
+    monkeypatch.setattr(finetune_glue, "finetune", finetune)
+    finetune_glue.main(["--checkpoint", str(scored), "--glue_dir", str(glue), "--tasks", "rte", "--seeds", "3", "--submit",
+                        str(tmp_path), *FAST])
+    assert (tmp_path / "RTE.tsv").read_text().count("not_entailment") == 9
+
+
+def test_an_undefined_score_is_called_so(tmp_path, scored, monkeypatch, capsys):
+    glue = write_glue(tmp_path / "glue", ["stsb", "rte"])
+    real = finetune_glue.predict
+    monkeypatch.setattr(finetune_glue, "predict", lambda model, *args: real(model, *args) * math.nan)
+    finetune_glue.main(["--checkpoint", str(scored), "--glue_dir", str(glue), "--tasks", "stsb,rte", "--seeds", "1", *FAST, "--epochs", "1"])
+    text = capsys.readouterr().out
+    assert list(readme_row(text).values())[1:] == ["nan"] * 3 and "nan: undefined" in text
 
 
 def test_fine_tuning_repeats_with_its_seed_and_starts_from_the_weights(tmp_path, trained):
-    glue = write_glue(tmp_path / "glue")
-    options = finetune_glue.Options(checkpoint=str(trained), glue_dir=str(glue), epochs=1, like=str(trained), head_width=16)
-    task = finetune_glue.TASKS["stsb"]
-    _, tokenizer, _ = cram.load_model(trained)
-    train, dev = ((finetune_glue.encode(texts, tokenizer, 32), labels)
-                  for texts, labels in (finetune_glue.read_task(glue, task, split) for split in ("train", "dev")))
+    glue, task = write_glue(tmp_path / "glue", ["stsb"]), finetune_glue.TASKS["stsb"]
+    options = finetune_glue.Options(epochs=1)
+    model, tokenizer, _ = cram.load_model(trained, dropout=0.1)
+    data = {}
+    for split in ("train", "dev"):
+        texts, labels, _ = finetune_glue.read_split(glue / f"STS-B/{split}.tsv", task)
+        data[split] = (*finetune_glue.encode(texts, tokenizer, 32)[:2], labels)
 
-    def score(seed):
-        return finetune_glue.finetune(task, train, dev, options, seed, torch.device("cpu"), "fp32")
+    def run(seed, scratch=False):
+        return finetune_glue.finetune(task, data, model, scratch, 376, options, torch.device("cpu"), "fp32", seed)["dev"].tolist()
 
-    assert score(0) == score(0) != score(1)
-    trained_score = score(0)
-    options.checkpoint = "none"
-    assert score(0) != trained_score
+    first = run(0)
+    assert first == run(0) != run(1)
+    scratch = run(0, scratch=True)
+    assert scratch != first and scratch == run(0, scratch=True) != run(1, scratch=True)
+    assert np.std(first) > 0
 
 
-def test_messages_of_finetune(tmp_path, trained):
+def test_padding_changes_no_prediction(trained):
+    model, tokenizer, _ = cram.load_model(trained, dropout=0.1)
+    classifier = finetune_glue.Classifier(model, 1)
+    tokens, lengths, _ = finetune_glue.encode([(f"the cat {'sees the dog ' * (i % 4)}",) for i in range(20)], tokenizer, 32)
+    args = (376, torch.device("cpu"), "fp32")
+    together = finetune_glue.predict(classifier, tokens, lengths, *args)
+    alone = [finetune_glue.predict(classifier, tokens[i : i + 1, : lengths[i]], lengths[i : i + 1], *args)[0] for i in range(20)]
+    assert together == pytest.approx(alone, abs=1e-5) and len(set(lengths)) == 4
+
+
+def test_malformed_rows_of_qqp_are_counted_and_others_refused(tmp_path, capsys):
+    glue = write_glue(tmp_path, ["qqp", "qnli"])
+    for name in ("qqp", "qnli"):
+        task = finetune_glue.TASKS[name]
+        path = glue / task.folder / "train.tsv"
+        path.write_text(path.read_text() + "7\tx\thow?\n8\tx\ta\tb\tc\t1\n")
+        if name == "qqp":
+            texts, labels, skipped = finetune_glue.read_split(path, task)
+            assert len(texts) == len(labels) == 160 and skipped == 2
+        else:
+            assert "line 162 has 3 columns, expected 5" in message(finetune_glue.read_split, path, task)
+
+
+@pytest.fixture
+def glue_server(tmp_path, monkeypatch):
+    """A folder that a local HTTP server shows in the place of GLUE's; and the paths it was asked for."""
+    root, asked = tmp_path / "served", []
+    root.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(finetune_glue, "GLUE_URL", f"http://127.0.0.1:{httpd.server_port}/")
+    monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
+    yield root, asked
+    httpd.shutdown()
+
+
+def serve_zip(root, name, members):
+    (root / "glue/data").mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(root / "glue/data" / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, text in members.items():
+            archive.writestr(member, text)
+
+
+def test_a_task_is_downloaded_once(tmp_path, glue_server):
+    root, asked = glue_server
+    rte, glue = finetune_glue.TASKS["rte"], tmp_path / "glue"
+    files = {split: glue_rows("rte", split, 5, random.Random(0)) for split in rte.rows}
+    serve_zip(root, "RTE.zip", {"RTE/original/x.txt": "x"} | {f"RTE/{split}.tsv": text for split, text in files.items()})
+    finetune_glue.fetch(glue / "RTE", rte, ["train", "dev"])
+    assert {path.stem: path.read_text() for path in (glue / "RTE").iterdir()} == files and len(asked) == 1
+    finetune_glue.fetch(glue / "RTE", rte, list(rte.rows))
+    assert len(asked) == 1 and not (glue / "RTE.part").exists()
+    (glue / "RTE/dev.tsv").unlink()
+    assert "RTE/dev.tsv does not exist" in message(finetune_glue.fetch, glue / "RTE", rte, ["dev"])
+
+
+def test_mrpc_is_built_from_its_files(tmp_path, glue_server, monkeypatch):
+    root, _ = glue_server
+    mrpc, header = finetune_glue.TASKS["mrpc"], "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    rows = [f'{i % 2}\t{i}\t{i + 50}\tone "{i}\ttwo {i}\r\n' for i in range(8)]
+    texts = [header + "".join(rows), header + "".join(rows[:3]).replace("1\t1\t", "SECRET\t1\t"), "2\t52\n5\t55\n3\t99\n"]
+    for name, text in zip(mrpc.sources, texts, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text.encode())
+    assert "another checksum" in message(finetune_glue.fetch, tmp_path / "MRPC", mrpc, ["train"])
+    monkeypatch.setattr(mrpc, "sources", {name: cram.sha256(root / name) for name in mrpc.sources})
+    finetune_glue.fetch(tmp_path / "MRPC", mrpc, list(mrpc.rows))
+    train, dev, test = (finetune_glue.read_split(tmp_path / f"MRPC/{split}.tsv", mrpc) for split in ("train", "dev", "test"))
+    assert train[0] == [(f'one "{i}', f"two {i}") for i in (0, 1, 3, 4, 6, 7)] and train[1].tolist() == [0, 1, 1, 0, 0, 1]
+    assert dev[0] == [('one "2', "two 2"), ('one "5', "two 5")] and dev[1].tolist() == [0, 1]
+    assert len(test[0]) == 3 and test[1] is None and "SECRET" not in (tmp_path / "MRPC/test.tsv").read_text()
+
+
+def test_bad_archives_leave_nothing_behind(tmp_path, glue_server):
+    root, _ = glue_server
+    rte, outside = finetune_glue.TASKS["rte"], tmp_path / "evil.tsv"
+    good = {f"RTE/{split}.tsv": glue_rows("rte", split, 500, random.Random(0)) for split in rte.rows}
+
+    def problem(number):
+        folder = tmp_path / f"glue{number}/RTE"
+        text = message(finetune_glue.fetch, folder, rte, ["train"])
+        assert not folder.exists() and not outside.exists()
+        return text
+
+    assert "answered 404" in problem(0)
+    for number, name in enumerate(("../../evil.tsv", "RTE/../../../evil.tsv", "/tmp/evil.tsv", "C:\\evil.tsv", "..\\evil.tsv"), 1):
+        serve_zip(root, "RTE.zip", good | {name: "x"})
+        assert "a path out of its folder" in problem(number)
+    serve_zip(root, "RTE.zip", {"RTE/train.tsv": "x"})
+    assert "RTE/dev.tsv" in problem(10)
+    serve_zip(root, "RTE.zip", good)
+    path = root / "glue/data/RTE.zip"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "RTE.zip is damaged" in problem(11)
+    path.write_bytes(whole[:200] + bytes(50) + whole[250:])
+    assert "RTE.zip is damaged" in problem(12)
+    path.write_text("<html>")
+    assert "RTE.zip is damaged" in problem(13)
+
+
+def test_messages_of_finetune(tmp_path, trained, glue_server):
     def run(*flags):
         return message(finetune_glue.main, ["--checkpoint", str(trained), "--glue_dir", str(tmp_path), *flags])
 
-    assert "CoLA/train.tsv does not exist" in run()
-    assert "unknown task 'mnnli'" in run("--tasks", "mnnli")
+    assert "unknown task 'mnnli'" in run("--tasks", "cola,mnnli")
+    for flag, value in (("seeds", "0"), ("epochs", "-1"), ("lr", "0"), ("lr", "nan"), ("batch_size", "0")):
+        assert f"{flag} is " in run(f"--{flag}", value)
+    assert "CoLA.zip: the server answered 404" in run()
     assert "checkpoint.pt does not exist" in message(finetune_glue.main, ["--checkpoint", str(tmp_path / "no")])
+    for content in (b"no checkpoint", b""):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert "no checkpoint of this version" in message(finetune_glue.main, ["--checkpoint", str(tmp_path)])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+    assert "no checkpoint of this version" in message(finetune_glue.main, ["--checkpoint", "none", "--like", str(tmp_path)])
     glue = write_glue(tmp_path)
     for content, expected in [
         ("sentence\tgrade\nfine\t1\n", "has no column 'label'"), ("", "an empty file"), ("sentence\tlabel\n", "no examples"),
-        ("sentence\tlabel\nfine\t2\n", "line 2 has the label '2': expected 0 or 1"), ("sentence\tlabel\nfine\n", "line 2 has 1 columns"),
-    ]:
+        ("sentence\tlabel\nfine\t2\n", "has the label '2': expected 0 or 1"), ("sentence\tlabel\nfine\n", "line 2 has 1 columns"),
+    ]:  # fmt: skip
         (glue / "SST-2/train.tsv").write_text(content)
         assert expected in run("--tasks", "sst2")
     (glue / "SST-2/train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     assert "is not UTF-8" in run("--tasks", "sst2")
+    for label in ("5.5", "nan", "-1", "good"):
+        (glue / "STS-B/dev.tsv").write_text(f"sentence1\tsentence2\tscore\na\tb\t{label}\n")
+        assert f"has the label '{label}': expected a number from 0 to 5" in run("--tasks", "stsb")
 
 
 # -------------------------------------------------------------------------------------------------- README
