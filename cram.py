@@ -1,15 +1,14 @@
 """Cramming: train a language model from scratch, on one GPU, within a budget.
 
     python cram.py                                   # a laptop: prepares the embedded corpus, trains 5 minutes
-    python cram.py --budget 60steps --out out/smoke  # a smoke test, seconds
     python cram.py --data data/mine --budget 24h     # the real thing: one GPU, one day, the paper's recipe
     python cram.py --resume --out out/cram           # go on after a power cut with what is left of the budget
     python cram.py fill out/cram "returns a new [MASK] with the same shape."
     python cram.py bench --size base                 # how much of this machine the training uses
     torchrun --standalone --nproc_per_node=2 cram.py --data data/mine  # the same on two GPUs
 
-A masked language model reads rows of tokens in which a quarter of the positions are hidden, and learns to name
-what was there. The rules and the recipe are those of "Cramming: Training a Language Model on a Single GPU in One
+A masked language model reads rows of tokens in which some positions are hidden, and learns to name what was there. The
+rules, and two of the recipes, are those of "Cramming: Training a Language Model on a Single GPU in One
 Day" (Geiping & Goldstein, arXiv 2212.14034), "the paper" below; [4.2] is its section 4.2. Read from top to bottom:
 settings, machine, tokenizer, model, data, budget, checkpoint and log, loop, commands.
 """
@@ -17,20 +16,17 @@ settings, machine, tokenizer, model, data, budget, checkpoint and log, loop, com
 import argparse
 import base64
 import hashlib
-import io
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
 import time
 import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +47,7 @@ def opt(default, help, *allowed):
 
 @dataclass
 class Config:
-    """Every setting of a run; the defaults are the paper's final recipe, "crammed BERT"."""
+    """Every setting of a run, with the values of the paper's final recipe, "crammed BERT"; a recipe changes some."""
     # where, and how long
     data: str = opt("data/docs", "folder made by prepare_data.py")
     out: str = opt("out/cram", "folder for checkpoint.pt, log.csv and curve.svg")
@@ -65,37 +61,51 @@ class Config:
     compile: bool | str = opt("auto", "torch.compile the model; auto: on a GPU", "auto", True, False)
     # the shape [4.2]
     size: str = opt("auto", "auto: base on a GPU, tiny on a CPU", "auto", "tiny", "mini", "small", "base", "large")
-    recipe: str = opt("cram", "a named set of values for the settings below", "cram")
+    recipe: str = opt("modern", "a named set of values for the settings below", "bert", "cram", "modern")
     layers: int = opt(0, "transformer blocks; 0: from size (base: 16)", 0, 1000)
     width: int = opt(0, "hidden width; 0: from size (base: 768)", 0, 2**16)
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
     ffn_width: int = opt(0, "feed-forward width before the gate halves it; 0: from size (base: 3072)", 0, 2**18)
+    norm: str = opt("pre", "LayerNorm before each part of a block, or after it", "pre", "post")
+    gated: bool = opt(True, "feed-forward with a gate, which halves its width")
+    positions: str = opt("sinusoidal", "how a token knows its place", "sinusoidal", "learned", "rotary")
+    head: bool = opt(False, "dense layer, GELU, LayerNorm and a bias around the decoder")
+    linear_bias: bool = opt(False, "biases in the linear layers")
+    norm_bias: bool = opt(True, "biases in LayerNorm")
+    zero_init: bool = opt(False, "output matrices of attention and feed-forward start at 0")
     dropout: float = opt(0.0, "on embedding, attention and feed-forward outputs [4.3]", 0, 0.99)
-    norm_eps: float = opt(1e-12, "epsilon of LayerNorm", 0, 1)
     init_std: float = opt(0.02, "standard deviation of the normal that fills every matrix at the start", 0, 1)
     # the objective [4.3]
     mask_rate: float = opt(0.25, "share of positions to predict, the same number in every row", 0.001, 1)
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...", 0, 1)
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is", 0, 1)
     # the optimiser [4.3]
+    optimizer: str = opt("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest", "adamw", "muon")
+    muon_lr: float = opt(0.02, "peak learning rate of Muon", 1e-9, 10)
     lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 for base, more for a narrower model", 1e-9, 10)
-    beta1: float = opt(0.9, "AdamW's decay of the mean gradient", 0, 0.9999999)
-    beta2: float = opt(0.98, "AdamW's decay of the mean squared gradient", 0, 0.9999999)
-    adam_eps: float = opt(1e-12, "AdamW's epsilon", 0, 1)
     weight_decay: float = opt(0.01, "AdamW's weight decay, none on norms and biases", 0, 10)
     grad_clip: float = opt(0.5, "largest norm of the gradient; 0: no clipping", 0, 1e9)
-    lr_start: float = opt(0.25, "share of the peak learning rate at the start of the triangle", 0, 1)
-    lr_peak: float = opt(0.75, "share of the budget at which the learning rate peaks", 0.000001, 0.999999)
+    lr_start: float = opt(0.25, "share of the peak learning rate at the start", 0, 1)
+    warmup: float = opt(0.75, "share of the budget over which the learning rate rises", 0, 1)
+    cooldown: float = opt(0.25, "share of the budget over which it falls to 0 at the end", 0, 1)
     micro_batch: int = opt(128, "most rows in one forward and backward pass; a batch is made of such parts", 1, 2**16)
     batch_size: int | str = opt("auto", "rows in a step after the ramp; auto: 8192 for 1e10 tokens, less for less", 1, 2**24)
     batch_ramp: float = opt(0.6, "share of the budget in which the batch grows from one micro-batch; 0: none", 0, 1)
+    shuffle: bool = opt(False, "read rows in random order in the first pass too, not as prepare_data.py sorted them [4.4]")
     # watching
     val_rows: int = opt(512, "rows of the validation set, masked once at the default rate", 1, 2**24)
     log_every: int = opt(10, "steps from one row of log.csv to the next", 1, 2**31)
 
-RECIPES = {"cram": {}}  # name: values that differ from Config's defaults
+RECIPES = {  # name: values that differ from Config's defaults
+    "cram": {},
+    "bert": {"norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True, "dropout": 0.1,
+             "mask_rate": 0.15, "lr_start": 0.0, "warmup": 0.01, "cooldown": 0.99, "batch_ramp": 0.0},
+    "modern": {"positions": "rotary", "norm_bias": False, "zero_init": True, "optimizer": "muon", "lr_start": 0.0,
+               "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True},
+}
 SIZES = {"tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (6, 512, 8, 2048),
          "base": (16, 768, 12, 3072), "large": (24, 1024, 16, 4096)}  # layers, width, heads, ffn_width
+BETAS, EPS = (0.9, 0.98), 1e-12  # AdamW's; LayerNorm has the same epsilon [4.3]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def fail(message):
@@ -105,7 +115,7 @@ def fail(message):
 def show(text):
     """A line on a terminal that the next one replaces; nothing in a log file."""
     if sys.stdout.isatty():
-        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+        print(f"\r{text[: os.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
 def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
@@ -141,6 +151,8 @@ def make_config(given):
         cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
+    if cfg.lr == "auto":
+        cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75
     if cfg.batch_size != "auto":
         cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
     if cfg.mask_share + cfg.random_share > 1:
@@ -161,14 +173,13 @@ def choose_device(cfg):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
+    cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    on_cpu = device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu)
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return device, "fp16", "no bf16 on this GPU, so with loss scaling"
-    cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    if device.type == "cuda" or (device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu)):
-        return device, "bf16", f"native to this {'GPU' if device.type == 'cuda' else 'CPU'}"
-    return device, "fp32", "no native bf16 found"
+    if on_cpu or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        return device, "bf16", "native here"
+    return device, *(("fp16", "with loss scaling") if device.type == "cuda" else ("fp32", "no native bf16 here"))
 
 def time_of(work, device, repeats=3):
     """Seconds that work() takes on the device, after a first call that warms up (and compiles)."""
@@ -180,13 +191,6 @@ def time_of(work, device, repeats=3):
         work()
     synchronize()
     return max(1e-9, time.monotonic() - start) / repeats
-
-def peak_memory(device):
-    """Bytes in use at most: on the GPU; elsewhere by this process, Python and torch included (nan if not on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else math.nan
 
 def matmul_rate(device, dtype):
     """FLOP/s of a large matrix product here in this dtype: what MFU is a share of, measured, not looked up."""
@@ -223,65 +227,90 @@ def load_tokenizer(text, pattern=PATTERN):
 PLAIN_ATTENTION = 256  # tokens in a row
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention over all positions, then a gated feed-forward network [4.2]."""
+    """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
     def __init__(self, cfg):
         super().__init__()
-        self.heads = cfg.heads
-        self.attn_norm, self.ffn_norm = (nn.LayerNorm(cfg.width, eps=cfg.norm_eps) for _ in range(2))
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        self.attn_out = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.ffn_in = nn.Linear(cfg.width, cfg.ffn_width, bias=False)
-        self.ffn_out = nn.Linear(cfg.ffn_width // 2, cfg.width, bias=False)
+        self.heads, self.pre_norm, self.gated, width = cfg.heads, cfg.norm == "pre", cfg.gated, cfg.width
+        self.attn_norm, self.ffn_norm = (nn.LayerNorm(width, eps=EPS, bias=cfg.norm_bias) for _ in range(2))
+        self.qkv, self.attn_out = (nn.Linear(width, n * width, bias=cfg.linear_bias) for n in (3, 1))
+        self.ffn_in = nn.Linear(width, cfg.ffn_width, bias=cfg.linear_bias)
+        self.ffn_out = nn.Linear(cfg.ffn_width // (1 + cfg.gated), width, bias=cfg.linear_bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, mask):
+    def attention(self, x, mask, rotation):
         """x (B, S, width); mask None or (B, 1, 1, S), true where a position may be looked at -> as x."""
         B, S, W = x.shape
-        qkv = self.qkv(self.attn_norm(x)).view(B, S, 3, self.heads, W // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, W / heads)
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, S, W / heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation[:, :S]), rotate(k, rotation[:, :S])
         if x.device.type == "cpu" and S <= PLAIN_ATTENTION:  # here the plain formula is a fifth faster, compiled a third
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             a = scores.softmax(-1).to(v.dtype) @ v  # not causal: each position sees all
         else:
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, S, W)))
-        value, gate = self.ffn_in(self.ffn_norm(x)).chunk(2, dim=-1)  # each (B, S, ffn_width / 2)
-        return x + self.dropout(self.ffn_out(value * F.gelu(gate)))
+        return self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, S, W)))
+
+    def feed_forward(self, x):
+        """x (B, S, width) -> as x. A gate makes it better at equal cost, if the width is not raised to make up for it [4.2]."""
+        value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner width) each
+        return self.dropout(self.ffn_out(value * F.gelu(gate)))
+
+    def forward(self, x, mask, rotation):
+        """As attention."""
+        if self.pre_norm:  # [4.2]: stable at higher learning rates
+            x = x + self.attention(self.attn_norm(x), mask, rotation)
+            return x + self.feed_forward(self.ffn_norm(x))
+        x = self.attn_norm(x + self.attention(x, mask, rotation))
+        return self.ffn_norm(x + self.feed_forward(x))
+
+def rotate(x, rotation):
+    """Rotary positions (Su et al., arXiv 2104.09864): turns the pairs (i, i + D/2) of x (..., S, D) by angles (S, D/2)."""
+    (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 class Model(nn.Module):
-    """The paper's masked language model [4.2]: pre-norm, no biases but in the norms, decoder tied to embedding."""
+    """The masked language model [4.2], with the decoder tied to the embedding."""
     def __init__(self, cfg, vocab_size, seq_len):
         super().__init__()
         self.cfg, self.vocab_size, self.seq_len = cfg, vocab_size, seq_len
-        self.embedding = nn.Embedding(vocab_size, cfg.width)
-        # Scaled sinusoidal positions: a fixed table (S, width), sin on even columns and cos on odd ("Attention Is
-        # All You Need", 3.5), times one learned number, which starts at 1/sqrt(width).
-        angle = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(0, cfg.width, 2) / cfg.width)
-        self.register_buffer("positions", torch.stack((angle.sin(), angle.cos()), 2).flatten(1), persistent=False)
-        self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
-        self.embedding_norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.embedding, rotary = nn.Embedding(vocab_size, cfg.width), cfg.positions == "rotary"
+        dim = cfg.width // cfg.heads if rotary else cfg.width
+        angle = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # (S, dim / 2)
+        self.register_buffer("rotation", torch.stack((angle.cos(), angle.sin())) if rotary else None, persistent=False)
+        if cfg.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
+        elif cfg.positions == "sinusoidal":
+            self.register_buffer("positions", torch.stack((angle.sin(), angle.cos()), 2).flatten(1), persistent=False)
+            self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
+        norm = partial(nn.LayerNorm, cfg.width, eps=EPS, bias=cfg.norm_bias)
+        self.embedding_norm, self.dropout = norm(), nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.final_norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=cfg.init_std)
+        self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
+        self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), norm()) if cfg.head else nn.Identity()
+        self.decoder_bias = nn.Parameter(torch.zeros(vocab_size)) if cfg.head else None
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.0 if cfg.zero_init and name.endswith("_out.weight") else cfg.init_std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def encode(self, tokens, mask=None):
         """tokens (B, S); mask None or (B, S), false at padding -> hidden states (B, S, width)."""
-        x = self.embedding(tokens) + self.position_scale * self.positions[: tokens.shape[1]]
+        x = self.embedding(tokens)
+        if self.rotation is None:
+            x = x + getattr(self, "position_scale", 1) * self.positions[: x.shape[1]]
         x = self.dropout(self.embedding_norm(x))
         for block in self.blocks:
-            x = block(x, None if mask is None else mask[:, None, None, :])
+            x = block(x, None if mask is None else mask[:, None, None, :], self.rotation)
         return self.final_norm(x)
 
     def forward(self, tokens, where, targets=None):
         """Logits (B, K, vocab) at positions `where` (B, K) of tokens (B, S), or their mean loss on targets (B, K)."""
         x = self.encode(tokens)
         # Sparse prediction [4.2]: only the masked positions go through the decoder, the costliest matrix of all.
-        x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, width)
-        logits = F.linear(x, self.embedding.weight)
+        x = self.head(x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2])))  # (B, K, width)
+        logits = F.linear(x, self.embedding.weight, self.decoder_bias)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self):
@@ -293,7 +322,7 @@ class Model(nn.Module):
 
 # ------------------------------------------------------------------------------------- data and masks
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")
-DATA_FORMAT = 1
+DATA_FORMAT, CHECKPOINT_FORMAT = 1, 2
 
 def sha256(path):
     """Hex SHA-256 of a file."""
@@ -326,8 +355,8 @@ def mask_counts(cfg, seq_len):
 def uniform(seed, reads, count):
     """Random numbers (B, count) in [0, 1): a hash of the seed, the reads (B,) and the column, and of nothing else,
     so the masks of a row are the same on any device, in any micro-batch, in a resumed run and on many GPUs."""
-    columns = torch.arange(count, device=reads.device)
-    x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15 + columns * 0x3F58476D1CE4E5B9
+    x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15
+    x = x + torch.arange(count, device=reads.device) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # splitmix64's finaliser
         x = (x ^ ((x >> shift) & (1 << 64 - shift) - 1)) * factor  # >> keeps the sign, so its copies are masked away
     return (x & 0xFFFFFF).float() / 2**24
@@ -344,15 +373,14 @@ def mask_rows(rows, reads, cfg, vocab_size):
     shown[:, masked : masked + randoms] = (for_tokens * (vocab_size - len(SPECIALS))).long()  # never a special one
     return rows.scatter(1, where, shown), where, targets
 
-def row_at(read, total, planned, seed):
+def row_at(read, total, planned, cfg):
     """Which of `total` rows is the `read`-th that a run reads, if it expects to read `planned`."""
-    # The first pass keeps the order on disk [4.4]; where the budget buys less than a pass, it takes rows evenly from
-    # all of that order. Later passes are shuffled, each in its own way.
-    length = min(total, planned)  # rows in the first pass
+    # The first pass keeps the order on disk [4.4]: all of it, or rows evenly from all of it. Later ones are shuffled.
+    length = 0 if cfg.shuffle else min(total, planned)  # rows in that first pass
     if read < length:
         return read * total // length
     number, place = divmod(read - length, total)
-    return shuffled(total, seed, number)[place]
+    return shuffled(total, cfg.seed, number)[place]
 
 @lru_cache(maxsize=2)
 def shuffled(total, seed, number):
@@ -361,12 +389,11 @@ def shuffled(total, seed, number):
 
 def next_batch(rows, run, cfg, vocab_size, device, reads):
     """mask_rows of the rows that a run reads as its `reads`, a range of numbers, on the device."""
-    tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg.seed) for read in reads]].astype(np.int64))
+    tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg) for read in reads]].astype(np.int64))
     if device.type == "cuda":
         tokens = tokens.pin_memory()  # so that the copy to the GPU does not wait for its work
     torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # of dropout: a resumed run draws the same
-    numbers = torch.arange(reads.start, reads.stop, device=device)
-    return mask_rows(tokens.to(device, non_blocking=True), numbers, cfg, vocab_size)
+    return mask_rows(tokens.to(device, non_blocking=True), torch.arange(reads[0], reads[-1] + 1, device=device), cfg, vocab_size)
 
 @torch.no_grad()
 def evaluate(model, batches, device, dtype):
@@ -388,9 +415,9 @@ def parse_budget(text):
     return amount * scale, match[4] or "seconds"
 
 def lr_at(p, cfg):
-    """Learning rate at progress p in [0, 1]: a triangle, from a share of the peak up to it and down to 0 [4.3]."""
-    rise = cfg.lr_start + (1 - cfg.lr_start) * p / cfg.lr_peak
-    return cfg.lr * min(rise, (1 - p) / (1 - cfg.lr_peak))
+    """Share of the peak learning rate at progress p in [0, 1]: up, level and down to 0; cram's is a triangle [4.3]."""
+    rise = cfg.lr_start + (1 - cfg.lr_start) * p / cfg.warmup if p < cfg.warmup else 1.0
+    return min(rise, (1 - p) / cfg.cooldown if cfg.cooldown else 1.0)
 
 def batch_at(p, cfg):
     """Rows in the step at progress p: whole micro-batches, from one of them to batch_size over the ramp [4.3]."""
@@ -398,25 +425,20 @@ def batch_at(p, cfg):
         return cfg.batch_size
     return cfg.micro_batch * round(1 + (cfg.batch_size // cfg.micro_batch - 1) * p / cfg.batch_ramp)
 
-def choose_batch_and_lr(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
-    """Fills in cfg.batch_size and cfg.lr where they are `auto`; returns the tokens that the budget is to buy.
-
-    The paper's values fit 1e10 tokens at width 768. The batch is in proportion to the tokens, or a short run takes too
-    few steps to leave the unigram plateau; a narrower model takes a higher rate. See "Short budgets" in the README.
-    """
+def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
+    """Fills in cfg.batch_size where it is `auto`; returns the tokens that the budget is to buy.
+    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or there are too few steps to leave the plateau."""
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
         rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
         tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
     else:
         tokens = amount * {"seconds": tokens_per_second, "tokens": 1, "flops": 1 / flops_per_token}[unit]
-        rows = 2 ** max(3, min(13, round(13 + math.log2(max(tokens, 1) / 1e10))))
+        rows = 2 ** max(4 if cfg.optimizer == "muon" else 3, min(13, round(13 + math.log2(max(tokens, 1) / 1e10))))
     cfg.batch_size = rows if cfg.batch_size == "auto" else cfg.batch_size
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    cfg.lr = 1e-3 * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     return tokens
 
 # ------------------------------------------------------------------------------- checkpoint, log, picture
-CHECKPOINT_FORMAT = 1
 COLUMNS = ("step", "seconds", "progress", "tokens", "exaflops", "lr", "batch_rows", "train_loss", "val_loss",
            "grad_norm", "tokens_per_s", "mfu")
 
@@ -443,14 +465,10 @@ def write_whole(path, write, keep=False):
     """Calls write(file) on a file that replaces `path` once it is whole and on the disk: a kill leaves old or new.
     keep: the old file stays, as NAME.prev.SUFFIX."""
     path, part = Path(path), Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file under the good name
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk should not be fuller
-        raise
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file under the good name
     if keep and path.exists():
         os.replace(path, path.with_suffix(f".prev{path.suffix}"))
     os.replace(part, path)
@@ -484,13 +502,6 @@ def open_log(path, step):
     lines = [line for line in lines if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]  # whole ones
     write_whole(path, lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
-
-def progress_line(row, left):
-    """What is printed of a row of the log; left: seconds."""
-    val = f" val {row['val_loss']:.3f}" if row["val_loss"] else ""
-    return (f"[{'#' * int(20 * row['progress']):.<20}] {row['progress']:6.1%} step {row['step']} loss "
-            f"{row['train_loss']:.3f}{val} lr {row['lr']:.1e} batch {row['batch_rows']} "
-            f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s {timedelta(seconds=int(left))} left")
 
 SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="sans-serif" font-size="13">
 <style>text{fill:#333} .paper{fill:#fff} .c0{stroke:#1f6fb4} .c1{stroke:#d4600c} .c2{stroke:#777}
@@ -531,40 +542,39 @@ def draw_run(folder, unigram):
         draw_curves(folder / "curve.svg", [*curves, ("unigram model", [(0, unigram)], "dash")], "tokens, millions")
 
 # ---------------------------------------------------------------------------------------------- train
-MAY_CHANGE = {"data", "out", "resume", "overwrite", "device", "dtype", "compile", "micro_batch", "log_every"}  # in a resumed run
-
 def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
+    may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "micro_batch", "log_every")
     state = load_checkpoint(given.get("out", Config.out))
     saved = state["config"]
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
-              if name not in MAY_CHANGE and value not in (saved[name], "auto")]
+              if name not in may_change and value not in (saved[name], "auto")]
     if differ:
         fail(f"cannot resume: {'; '.join(differ)}. Leave these flags out, or start a new run with another --out")
-    changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    return Config(**{**saved, **changed}), state
+    return Config(**saved | {name: value for name, value in given.items() if name in may_change}), state
 
-def make_optimizer(model, cfg):
-    """AdamW with the paper's constants; matrices decay, norms and the position scale do not [4.3]."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+def make_optimizers(model, cfg):
+    """[AdamW], or [Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest]. Matrices decay, norms and
+    biases do not [4.3]. A group's `peak` is its highest learning rate."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
+    taken = set(map(id, matrices))
+    rest = [[p for p in model.parameters() if id(p) not in taken and (p.ndim >= 2) == decays] for decays in (True, False)]
+    groups = [{"params": ps, "weight_decay": decay, "peak": cfg.lr} for ps, decay in zip(rest, (cfg.weight_decay, 0.0), strict=True)]
+    muon = [{"params": matrices, "weight_decay": cfg.weight_decay, "peak": cfg.muon_lr}]
+    return [torch.optim.Muon(muon)] * bool(matrices) + [torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)]
 
 def build(cfg, vocab_size, seq_len, device, dtype):
     """(model, the same compiled if asked for, optimiser, fp16's loss scaler): what accumulate and update need."""
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
     can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton")
-    compiled = bool(can_compile) if cfg.compile == "auto" else cfg.compile
+    compiled = can_compile if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    return model, forward, make_optimizer(model, cfg), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    return model, forward, make_optimizers(model, cfg), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
     """Adds to .grad the gradient of the mean loss over `rows` rows, at most `micro` at a time; returns (loss, micro).
-
-    load(part) gives a part's (tokens, where, targets). Nothing here waits for the device: the loss stays on it. Where
-    memory does not suffice, `micro` is halved and the work begins again.
-    """
+    load(part) gives a part's (tokens, where, targets). Nothing here waits for the device. Too little memory halves `micro`."""
     while True:
         try:
             total = torch.zeros((), device=device)
@@ -582,27 +592,21 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
         micro = -(-micro // 2)
         print(f"out of memory: on with {micro} rows at a time; the batch stays what it was", flush=True)
 
-def measure(model, optimizer, scaler, cfg, loss):
+def measure(model, optimizers, scaler, cfg, loss):
     """Clips the gradient; (loss, its norm before): two numbers, and the one place where a step waits for the device."""
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     return torch.stack((loss, nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))).tolist()
 
-def update(optimizer, scaler, lr, finite):
+def update(optimizers, scaler, share, finite):
     """An optimiser step; none where the gradient is not finite (which in fp16 also makes the scale smaller)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if finite:
-        scaler.step(optimizer)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+        if finite:
+            scaler.step(optimizer)
+        optimizer.zero_grad()
     scaler.update()
-    optimizer.zero_grad()
-
-def join_ranks():
-    """(rank, number) of the processes that torchrun started to train together; (0, 1) without it."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    sys.stdout = io.StringIO() if rank else sys.stdout  # rank 0 speaks for all
-    return rank, world
 
 def agreed(values, world, device):
     """The numbers `values` as rank 0 has them."""
@@ -612,25 +616,24 @@ def agreed(values, world, device):
     return box.tolist()
 
 def sum_over_ranks(model, loss):
-    """Replaces the gradient and the loss by their sums over all processes, in one message."""
-    for weight in model.parameters():  # a process may have had no rows in this step
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    parts = [loss, *(weight.grad for weight in model.parameters())]
-    dist.all_reduce(flat := torch.cat([part.flatten() for part in parts]))
-    for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-        part.copy_(total.view_as(part))
+    """Replaces the gradient and the loss by their sums over all processes."""
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # a process may have had no rows
+        dist.all_reduce(weight.grad)
+    dist.all_reduce(loss)
 
 def train(given):
     """Trains within a budget and returns the last validation loss in nats; `given`: the flags that were typed.
-
     One clock: it starts before the first batch is read, and compilation, evaluation and checkpoints count. Progress
-    p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2].
-    """
+    p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2]."""
     cfg, state = resume_config(given) if given.get("resume") else (make_config(given), None)
     out, (amount, unit), (device, dtype, reason) = Path(cfg.out), parse_budget(cfg.budget), choose_device(cfg)
     if not state and not cfg.overwrite and any(out.glob("checkpoint*.pt")):
         fail(f"{out} holds a run already: add --resume to go on with it, --overwrite to replace it, or another --out")
-    rank, world = join_ranks()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        sys.stdout = None if rank else sys.stdout  # rank 0 speaks for all
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists() and rank == 0:
         import prepare_data  # not at the top, for it imports this file
         print(f"{cfg.data} is not there yet: preparing the embedded corpus", flush=True)
@@ -641,30 +644,26 @@ def train(given):
         fail(f"cannot resume: {cfg.data} is not the data that this run was trained on; name its folder with --data")
     vocab_size, seq_len, unigram = meta["vocab_size"], meta["seq_len"], meta["unigram_nats"]
     start = time.monotonic() - (state["run"]["seconds"] if state else 0.0)
-    model, forward, optimizer, scaler = build(cfg, vocab_size, seq_len, device, dtype)
+    model, forward, optimizers, scaler = build(cfg, vocab_size, seq_len, device, dtype)
     flops_per_token, machine_rate = model.flops_per_token(), matmul_rate(device, dtype)
     run, micro, failures, signals = Run(**state["run"]) if state else Run(), cfg.micro_batch, [], []
     # The validation rows are masked once, with default settings and seed, so figures of runs compare.
     val = torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64)).to(device)
     val = mask_rows(val, torch.arange(len(val), device=device), Config(), vocab_size)
     val = list(zip(*(part.split(64) for part in val), strict=True))
-
     def elapsed():
         return time.monotonic() - start
-
     def progress():
         """(share of the budget that is spent, signal that asks to stop or 0): rank 0 decides for all."""
         tokens = run.reads * seq_len
         spent = {"seconds": elapsed(), "steps": run.step, "tokens": tokens, "flops": tokens * flops_per_token}[unit]
         return agreed([min(1.0, spent / (amount - run.reserve)), sum(signals)], world, device)
-
     def gradient(rows):
         """(loss, micro) after accumulate on this process's share of the run's next `rows` rows."""
         size, reads = min(-(-rows // world), cfg.micro_batch), range(run.reads, run.reads + rows)
         parts = [reads[i : i + size] for i in range(rank * size, rows, world * size)]  # micro-batches are dealt out
         load = partial(next_batch, train_rows, run, cfg, vocab_size, device)
         return accumulate(forward, load, parts, rows, min(micro, size), scaler, device, dtype)
-
     def guarded(write, *args):
         """A full disk costs what did not fit, not the run; before the first step it stops it."""
         try:
@@ -674,12 +673,11 @@ def train(given):
                 raise
             failures.append(error)
             print(f"\nwarning: step {run.step} could not be written ({error}); what was there is kept", flush=True)
-
     def save():
         """Writes the checkpoint and the picture; returns the seconds that it took."""
         run.seconds = elapsed()
         now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta, "tokenizer": ranks,
-               "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+               "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
                "versions": {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}}
         if rank == 0:
             guarded(write_whole, out / "checkpoint.pt", lambda file: torch.save(now, file), True)
@@ -688,7 +686,8 @@ def train(given):
 
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     else:
@@ -696,12 +695,12 @@ def train(given):
         if unit == "seconds":  # what will they buy? A few passes, whose gradients are thrown away, tell
             rows = min(cfg.micro_batch, 128 if device.type == "cuda" else 32) * world
             speed = rows * seq_len / time_of(lambda: gradient(rows), device)
-            optimizer.zero_grad()
-            # The last evaluation is part of the budget too.
-            run.reserve = min(len(val) * time_of(lambda: evaluate(model, val[:1], device, dtype), device), 0.2 * amount)
+            model.zero_grad()
+            evaluation = len(val) * time_of(lambda: evaluate(model, val[:1], device, dtype), device)
+            run.reserve = min(evaluation, 0.2 * amount)  # the last evaluation is part of the budget too
             left = max(1.0, amount - run.reserve - elapsed())
             left, speed, run.reserve = agreed([left, speed, run.reserve], world, device)
-        run.planned_rows = math.ceil(choose_batch_and_lr(cfg, left, unit, seq_len, flops_per_token, speed) / seq_len)
+        run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token, speed) / seq_len)
         # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
         run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))
     if rank == 0:
@@ -712,8 +711,8 @@ def train(given):
 {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
 machine  {f"{world} x " * (world > 1)}{device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}, {machine_rate / 1e9:.0f} GFLOP/s
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
-budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, batch {cfg.micro_batch} to \
-{cfg.batch_size} rows; starts at step {run.step}, after {run.seconds:.0f} s""", flush=True)
+budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows
+start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
 
     def interrupt(number, _):
         signals.append(number)
@@ -733,8 +732,6 @@ budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: le
         often = since >= 600 or p >= saved + 0.05 or evaluation_due  # so that a failure in it loses nothing
         if p >= 1 or stop or (often and since >= 100 * saving):  # saving takes 1% at most
             saving, saved = save(), p
-        if stop:
-            break
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
@@ -749,20 +746,23 @@ budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: le
                 guarded(log.write, ",".join(str(row[name]) for name in COLUMNS) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
                 shown = p, seconds
-                print(progress_line(row, max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)), flush=True)
+                left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
+                measured = f"val {run.val_loss:.3f}  " if evaluation_due else ""
+                print(f"{p:6.1%}  step {run.step}  loss {row['train_loss']:.3f}  {measured}lr {run.lr:.1e}  batch {run.batch_rows}  "
+                      f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
-        if p >= 1:
+        if stop or p >= 1:
             break
 
         run.batch_rows = batch_at(p, cfg)
         loss, micro = gradient(run.batch_rows)
         if world > 1:
             sum_over_ranks(model, loss)
-        loss, norm = measure(model, optimizer, scaler, cfg, loss)
+        loss, norm = measure(model, optimizers, scaler, cfg, loss)
         run.step, run.reads = run.step + 1, run.reads + run.batch_rows
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
-        run.lr, finite = lr_at(p, cfg), math.isfinite(loss + norm)
-        update(optimizer, scaler, run.lr, finite)
+        run.lr, finite = lr_at(p, cfg) * cfg.lr, math.isfinite(loss + norm)
+        update(optimizers, scaler, lr_at(p, cfg), finite)
         if finite:
             run.loss_sum, run.loss_count, run.grad_norm, not_finite = run.loss_sum + loss, run.loss_count + 1, norm, 0
         else:
@@ -777,9 +777,9 @@ budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: le
     if not run.step:
         fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one")
     save()
+    skips = f" ({run.skipped} steps skipped: not finite)" if run.skipped else ""
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.3g} M tokens, {elapsed():.1f} s: validation loss "
-          f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line"
-          f"{f' ({run.skipped} steps skipped: not finite)' if run.skipped else ''}\n"
+          f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line{skips}\n"
           f'try      python cram.py fill {out} "a [MASK] of words."')
     if failures:
         fail(f"{len(failures)} times a file could not be written ({failures[-1]}): make room, then --resume --out {out}")
@@ -789,7 +789,6 @@ budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: le
 def fill(folder, text, top=5):
     """For every [MASK] in `text`, its `top` most likely tokens: a list of lists of (token's text, probability)."""
     model, tokenizer, _ = load_model(folder, dropout=0.0)
-    words = tokenizer.n_vocab - len(SPECIALS)  # ids below are text, and the specials follow
     sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
     parts = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
@@ -801,34 +800,33 @@ def fill(folder, text, top=5):
         fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
              f"found, and at most {model.seq_len} tokens")
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, :words]  # (K, words)
+        logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, : -len(SPECIALS)]  # (K, words)
     best = [part.tolist() for part in logits.softmax(-1).topk(top)]  # probabilities and tokens, each (K, top)
     return [[(tokenizer.decode([token]), p) for p, token in zip(*pair, strict=True)] for pair in zip(*best, strict=True)]
 
 def bench(given):
-    """Prints how fast a training step is here, and which share of this machine's matrix-product rate it reaches.
-
-    Medians of five, on random rows of 128 tokens and a vocabulary of 32768. Time outside forward, backward and
-    optimiser is what a step takes longer than one on a batch that lies ready.
-    """
+    """Prints how fast a training step is here, on random tokens, and which share of this machine's matrix-product rate
+    it reaches: medians of five. Outside is what it takes longer than a step on a batch that lies ready."""
     cfg, seq_len, vocab_size = make_config(given), 128, 2**15
     device, dtype, reason = choose_device(cfg)
     size = cfg.micro_batch if device.type == "cuda" or "micro_batch" in given else 32
     rows = np.random.default_rng(0).integers(0, vocab_size - len(SPECIALS), (4096, seq_len), np.uint16)
-    model, forward, optimizer, scaler = build(cfg, vocab_size, seq_len, device, dtype)
+    model, forward, optimizers, scaler = build(cfg, vocab_size, seq_len, device, dtype)
     load = partial(next_batch, rows, Run(), cfg, vocab_size, device)
     ready = load(range(size))
 
     def step(load):
         loss, _ = accumulate(forward, load, [range(size)], size, size, scaler, device, dtype)
-        update(optimizer, scaler, 1e-4, math.isfinite(sum(measure(model, optimizer, scaler, cfg, loss))))
+        update(optimizers, scaler, 0.1, math.isfinite(sum(measure(model, optimizers, scaler, cfg, loss))))
 
     times = [(time_of(lambda: step(load), device), time_of(lambda: step(lambda _: ready), device),
               1e12 / matmul_rate(device, dtype)) for _ in range(5)]
     whole, bare, per_tflop = np.median(times, axis=0)
     tflops = size * seq_len * model.flops_per_token() / whole / 1e12
+    used = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()) if sys.platform == "linux" else None
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * int(used[1]) if used else math.nan
     print(f"""model    {cfg.recipe} {cfg.size}, {model.flops_per_token() / 1e6:.1f} MFLOP a token, {size} rows of {seq_len} tokens
-machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}; {peak_memory(device) / 1e9:.2f} GB at most
+machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}; {memory / 1e9:.2f} GB at most
 speed    {size * seq_len / whole:.0f} tokens/s, {tflops:.3g} TFLOP/s, MFU {tflops * per_tflop:.1%} of {1 / per_tflop:.3g} TFLOP/s
 outside  {max(0.0, 1 - bare / whole):.1%} of the time is not forward, backward or optimiser""")
 

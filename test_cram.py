@@ -489,7 +489,7 @@ def test_masks_are_a_hash_of_seed_read_and_column():
 
 def test_plain_attention_equals_the_fused_one(monkeypatch):
     """On a CPU short rows take the plain formula and long ones torch's kernel: with and without padding the same."""
-    model, _ = small_model(seq_len=300)
+    model, _ = small_model(seq_len=300, zero_init=False)
     tokens = torch.randint(0, 46, (2, 300))
     mask = torch.ones(2, 300, dtype=torch.bool)
     mask[1, 200:] = False
@@ -513,7 +513,7 @@ def test_sparse_loss_equals_dense_loss():
 
 
 def test_attention_sees_both_sides():
-    model, _ = small_model()
+    model, _ = small_model(recipe="cram")
     tokens = torch.randint(0, 46, (1, 16))
     before = model.encode(tokens)
     for changed in (0, 15):
@@ -522,8 +522,9 @@ def test_attention_sees_both_sides():
         assert ((model.encode(other) - before).abs().amax(2) > 1e-6).all()  # every position notices
 
 
-def test_padding_does_not_change_a_sequence():
-    model, _ = small_model()
+@pytest.mark.parametrize("recipe", ["bert", "cram", "modern"])
+def test_padding_does_not_change_a_sequence(recipe):
+    model, _ = small_model(recipe=recipe, zero_init=False)
     tokens = torch.randint(0, 46, (3, 9))
     padded = torch.cat((tokens, torch.full((3, 7), 46)), 1)
     out = model.encode(padded, padded != 46)[:, :9]
@@ -531,45 +532,73 @@ def test_padding_does_not_change_a_sequence():
     assert not torch.allclose(model.encode(padded)[:, :9], out, atol=1e-3)  # and the mask is what does it
 
 
-def reference_logits(weights, tokens, layers, heads, eps):
-    """The paper's model written out with numpy in float64: one row of tokens (S,) -> logits (S, vocab)."""
+def reference_logits(weights, tokens, cfg):
+    """The model written out with numpy in float64 from the formulas: one row of tokens (S,) -> logits (S, vocab)."""
     w = {name: value.double().numpy() for name, value in weights.items()}
-    S, W = len(tokens), w["embedding.weight"].shape[1]
+    (S,), W, heads = tokens.shape, cfg.width, cfg.heads
 
     def norm(x, name):
-        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + eps)
-        return x * w[name + ".weight"] + w[name + ".bias"]
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-12)
+        return x * w[name + ".weight"] + w.get(name + ".bias", 0)
 
-    positions = np.array([[math.sin(p / 10000 ** (i / W)) if i % 2 == 0 else math.cos(p / 10000 ** ((i - 1) / W))
-                           for i in range(W)] for p in range(S)])
-    x = norm(w["embedding.weight"][tokens] + w["position_scale"] * positions, "embedding_norm")
-    for layer in range(layers):
-        b = f"blocks.{layer}."
-        q, k, v = np.split(norm(x, b + "attn_norm") @ w[b + "qkv.weight"].T, 3, axis=1)
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+
+    def gelu(x):
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+    def turned(x):  # rotary positions: the pair (i, i + D/2) as a complex number, times e^(i angle)
+        D = x.shape[1]
+        z = (x[:, : D // 2] + 1j * x[:, D // 2 :]) * np.exp(1j * np.outer(np.arange(S), 10000.0 ** (-np.arange(0, D, 2) / D)))
+        return np.concatenate((z.real, z.imag), 1)
+
+    def attention(x, block):
         parts = []
-        for h in range(heads):
-            s = slice(h * W // heads, (h + 1) * W // heads)
-            scores = np.exp(q[:, s] @ k[:, s].T / math.sqrt(W / heads))
-            parts.append(scores / scores.sum(1, keepdims=True) @ v[:, s])
-        x = x + np.concatenate(parts, 1) @ w[b + "attn_out.weight"].T
-        value, gate = np.split(norm(x, b + "ffn_norm") @ w[b + "ffn_in.weight"].T, 2, axis=1)
-        gelu = gate * 0.5 * (1 + np.vectorize(math.erf)(gate / math.sqrt(2)))
-        x = x + (value * gelu) @ w[b + "ffn_out.weight"].T
-    return norm(x, "final_norm") @ w["embedding.weight"].T
+        for q, k, v in zip(*(np.split(part, heads, 1) for part in np.split(linear(x, block + "qkv"), 3, 1)), strict=True):
+            q, k = (turned(q), turned(k)) if cfg.positions == "rotary" else (q, k)
+            scores = np.exp(q @ k.T / math.sqrt(W / heads))
+            parts.append(scores / scores.sum(1, keepdims=True) @ v)
+        return linear(np.concatenate(parts, 1), block + "attn_out")
+
+    def feed_forward(x, block):
+        x = linear(x, block + "ffn_in")
+        value, gate = np.split(x, 2, 1) if cfg.gated else (1, x)
+        return linear(value * gelu(gate), block + "ffn_out")
+
+    x = w["embedding.weight"][tokens]
+    if cfg.positions == "sinusoidal":
+        x = x + w["position_scale"] * np.array(
+            [[math.sin(p / 10000 ** (i / W)) if i % 2 == 0 else math.cos(p / 10000 ** ((i - 1) / W)) for i in range(W)] for p in range(S)])
+    elif cfg.positions == "learned":
+        x = x + w["positions"][:S]
+    x = norm(x, "embedding_norm")
+    for layer in range(cfg.layers):
+        b = f"blocks.{layer}."
+        if cfg.norm == "pre":
+            x = x + attention(norm(x, b + "attn_norm"), b)
+            x = x + feed_forward(norm(x, b + "ffn_norm"), b)
+        else:
+            x = norm(x + attention(x, b), b + "attn_norm")
+            x = norm(x + feed_forward(x, b), b + "ffn_norm")
+    x = norm(x, "final_norm") if cfg.norm == "pre" else x
+    x = norm(gelu(linear(x, "head.0")), "head.2") if cfg.head else x
+    return x @ w["embedding.weight"].T + w.get("decoder_bias", 0)
 
 
-def test_model_equals_a_float64_recomputation():
-    model, cfg = small_model()
-    for p in model.parameters():  # norms and biases at 1 and 0 would hide a mix-up
+@pytest.mark.parametrize("settings", [{"recipe": "cram"}, {"recipe": "bert"}, {"recipe": "modern"}, {"recipe": "cram", "norm": "post"},
+                                      {"recipe": "modern", "linear_bias": True, "gated": False, "head": True}])  # fmt: skip
+def test_model_equals_a_float64_recomputation(settings):
+    model, cfg = small_model(**settings)
+    for p in model.parameters():  # norms and biases at 1 and 0, and matrices at 0, would hide a mix-up
         torch.nn.init.normal_(p, mean=0.3 if p.ndim < 2 else 0, std=0.3)
     tokens = torch.randint(0, 46, (16,))
-    expected = reference_logits(model.state_dict(), tokens.numpy(), 2, 2, cfg.norm_eps)
+    expected = reference_logits(model.state_dict(), tokens.numpy(), cfg)
     got = model.double()(tokens[None], torch.arange(16)[None])[0].detach().numpy()
     assert np.abs(got - expected).max() < 1e-5  # the position table itself is float32
 
 
 def test_base_is_the_papers_model():
-    cfg = cram.make_config({"size": "base"})
+    cfg = cram.make_config({"size": "base", "recipe": "cram"})
     with torch.device("meta"):
         model = cram.Model(cfg, 32768, 128)
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
@@ -577,37 +606,55 @@ def test_base_is_the_papers_model():
     assert model.flops_per_token() == 6 * weights + 6 * 0.25 * 32768 * 768 + 12 * 16 * 768 * 128
     assert not [name for name, _ in model.named_parameters() if "bias" in name and "norm" not in name]
     c = cram.Config()
-    assert (c.mask_rate, c.beta1, c.beta2, c.adam_eps, c.weight_decay, c.grad_clip) == (0.25, 0.9, 0.98, 1e-12, 0.01, 0.5)
-    assert (c.norm_eps, c.init_std, c.dropout, c.micro_batch, c.batch_ramp) == (1e-12, 0.02, 0, 128, 0.6)
+    assert (c.mask_rate, c.weight_decay, c.grad_clip, cram.BETAS, cram.EPS) == (0.25, 0.01, 0.5, (0.9, 0.98), 1e-12)
+    assert (c.init_std, c.dropout, c.micro_batch, c.batch_ramp) == (0.02, 0, 128, 0.6)
+    assert {name: getattr(cfg, name) for name in vars(c) if getattr(cfg, name) != getattr(c, name)}.keys() == {
+        "recipe", "size", "layers", "width", "heads", "ffn_width", "lr"}  # the recipe changes nothing else
 
 
 def test_initialisation():
-    model, _ = small_model(width=256, heads=4, ffn_width=1024)
+    model, _ = small_model(recipe="cram", width=256, heads=4, ffn_width=1024)
     for name, p in model.named_parameters():
         if p.ndim == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.05), name
     assert model.position_scale.item() == pytest.approx(1 / 16)
+    model, _ = small_model(recipe="modern")
+    tokens = torch.randint(0, 46, (2, 16))
+    assert torch.equal(model.encode(tokens), model.final_norm(model.embedding_norm(model.embedding(tokens))))  # blocks add 0
+    model, _ = small_model(recipe="bert")
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
-def test_only_matrices_decay():
-    model, cfg = small_model()
-    decayed, plain = cram.make_optimizer(model, cfg).param_groups
-    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
+def test_only_matrices_decay_and_muon_takes_those_of_the_blocks():
+    model, cfg = small_model(recipe="cram")
+    (adamw,) = cram.make_optimizers(model, cfg)
+    decayed, plain = adamw.param_groups
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0 and decayed["peak"] == plain["peak"] == cfg.lr
     assert len(decayed["params"]) == 1 + 2 * 4 and len(plain["params"]) == 1 + 2 + 2 * 4 + 2  # scale, norms
     assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-12
+    model, cfg = small_model(recipe="modern")
+    muon, adamw = cram.make_optimizers(model, cfg)
+    assert [len(group["params"]) for group in adamw.param_groups] == [1, 2 + 2 * 2] and muon.param_groups[0]["peak"] == 0.02
+    before, grad = model.blocks[0].qkv.weight.detach().clone(), torch.randn(96, 32)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.blocks[0].qkv.weight.grad = grad.clone()
+    cram.update([muon, adamw], scaler, 0.5, True)
+    step = (before * (1 - 0.01 * 0.01) - model.blocks[0].qkv.weight.detach()) / (0.01 * math.sqrt(3))  # 0.5 of 0.02, 96 / 32
+    u, _, v = torch.linalg.svd(grad, full_matrices=False)  # the nearest orthogonal matrix, which Muon approximates
+    assert torch.linalg.svdvals(step).min() > 0.6 and torch.linalg.svdvals(step).max() < 1.25
+    assert (step * (u @ v)).sum() / (step.norm() * (u @ v).norm()) > 0.98
 
 
 def test_one_batch_is_learnt_by_heart():
     model, cfg = small_model(lr=1e-2)
-    optimizer = cram.make_optimizer(model.train(), cfg)
+    optimizers = cram.make_optimizers(model.train(), cfg)
     batch = cram.mask_rows(torch.randint(0, 46, (4, 16)), torch.arange(4), cfg, 50)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
     for _ in range(150):
         loss = model(*batch)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        cram.update(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, True)
     assert loss.item() < 0.02
 
 
@@ -615,13 +662,16 @@ def test_one_batch_is_learnt_by_heart():
 
 
 def test_schedule_and_ramp_are_the_papers():
-    cfg = cram.make_config({"lr": 1e-3, "batch_size": 8192, "size": "base"})
+    cfg = cram.make_config({"recipe": "cram", "batch_size": 8192, "size": "base"})
     for p in np.linspace(0, 1, 101):
-        assert cram.lr_at(p, cfg) == pytest.approx(1e-3 * min(0.25 + p, 4 * (1 - p)), abs=1e-12)
+        assert cram.lr_at(p, cfg) == pytest.approx(min(0.25 + p, 4 * (1 - p)), abs=1e-12)
     assert [cram.batch_at(p, cfg) for p in (0, 0.3, 0.6, 1)] == [128, 128 * 32, 8192, 8192]
     assert all(cram.batch_at(p, cfg) % 128 == 0 for p in np.linspace(0, 1, 77))
     cfg.batch_ramp = 0
     assert cram.batch_at(0, cfg) == 8192
+    bert, modern = (cram.make_config({"recipe": recipe, "size": "base"}) for recipe in ("bert", "modern"))
+    assert [cram.lr_at(p, bert) for p in (0, 0.005, 0.01, 1)] == pytest.approx([0, 0.5, 1, 0])
+    assert [cram.lr_at(p, modern) for p in (0, 0.025, 0.05, 0.3, 0.5, 0.75, 1)] == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -633,16 +683,16 @@ def test_budgets(text, expected):
 
 
 def test_auto_batch_and_lr_give_the_papers_for_a_day_at_base():
-    cfg = cram.make_config({"size": "base"})
-    tokens = cram.choose_batch_and_lr(cfg, 86400, "seconds", 128, 6e8, 1e10 / 86400)
+    cfg = cram.make_config({"size": "base", "recipe": "cram"})
+    tokens = cram.choose_batch(cfg, 86400, "seconds", 128, 6e8, 1e10 / 86400)
     assert tokens == pytest.approx(1e10)
     assert cfg.batch_size == 8192 and cfg.lr == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("unit, amount", [("steps", 3000), ("tokens", 2e7), ("flops", 2e13)])
 def test_the_plan_is_what_the_loop_then_spends(unit, amount):
-    cfg = cram.make_config({"size": "mini", "micro_batch": 8})
-    planned = cram.choose_batch_and_lr(cfg, amount, unit, 128, 1e6, 0)
+    cfg = cram.make_config({"size": "mini", "micro_batch": 8, "recipe": "cram"})
+    planned = cram.choose_batch(cfg, amount, unit, 128, 1e6, 0)
     spent = steps = 0
     while (p := {"steps": steps, "tokens": spent, "flops": spent * 1e6}[unit] / amount) < 1:
         spent, steps = spent + 128 * cram.batch_at(p, cfg), steps + 1
@@ -659,13 +709,13 @@ def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr(cram.time, "monotonic", tick)
     monkeypatch.setattr(cram, "time_of", lambda *_, **__: 0.05)
-    flags = [*SMALL, "--batch_size", "16", "--log_every", "1", "--lr", "1e-3"]
+    flags = [*SMALL, "--batch_size", "16", "--log_every", "1", "--lr", "1e-3", "--recipe", "cram"]
     cram.main(["--data", str(data), "--out", str(tmp_path), "--budget", "60s", *flags])
     rows = log_of(tmp_path)
     progress = [float(row["progress"]) for row in rows]
     assert progress == sorted(progress) and progress[-1] == 1
     for row in rows[:-1]:  # the clock ticks a few times between the update and the log
-        assert float(row["lr"]) == pytest.approx(cram.lr_at(float(row["progress"]), cram.Config(lr=1e-3)), abs=5e-5)
+        assert float(row["lr"]) == pytest.approx(1e-3 * cram.lr_at(float(row["progress"]), cram.Config()), abs=5e-5)
     assert float(rows[-1]["lr"]) < 3e-5 and int(rows[0]["batch_rows"]) == 4 and int(rows[-1]["batch_rows"]) == 16
     step = max(float(b["seconds"]) - float(a["seconds"]) for a, b in pairwise(rows))
     assert 59 < float(rows[-1]["seconds"]) < 60 + step
@@ -689,8 +739,8 @@ def test_counted_budgets_overshoot_by_less_than_a_step(tmp_path, data, budget):
 
 
 def test_first_pass_keeps_the_order_and_covers_it_all():
-    def rows(reads, planned):
-        return [int(cram.row_at(read, 10, planned, 0)) for read in reads]
+    def rows(reads, planned, shuffle=False):
+        return [int(cram.row_at(read, 10, planned, cram.Config(shuffle=shuffle))) for read in reads]
 
     assert rows(range(10), 25) == list(range(10))  # more is planned than there is
     assert rows(range(5), 5) == [0, 2, 4, 6, 8]  # the budget buys half: every other row
@@ -700,6 +750,7 @@ def test_first_pass_keeps_the_order_and_covers_it_all():
     for i in (10, 20):
         assert sorted(later[i : i + 10]) == list(range(10)) and later[i : i + 10] != list(range(10))
     assert later[10:20] != later[20:30]
+    assert sorted(rows(range(10), 25, True)) == list(range(10)) != rows(range(10), 25, True)
 
 
 # ---------------------------------------------------------------------------------------- training, resume
@@ -709,7 +760,7 @@ def test_training_beats_the_unigram_line(trained, data):
     unigram = json.loads((data / "meta.json").read_text())["unigram_nats"]
     rows = log_of(trained)
     assert tuple(rows[0]) == cram.COLUMNS
-    assert float(rows[-1]["val_loss"]) < unigram - 0.1
+    assert float(rows[-1]["val_loss"]) < unigram - 1.5
     assert int(rows[-1]["step"]) == 300 and float(rows[-1]["lr"]) == 0
     xml.etree.ElementTree.parse(trained / "curve.svg")
     assert sorted(path.name for path in trained.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt", "curve.svg", "log.csv"]
@@ -731,8 +782,8 @@ def comparable(out):
     """All that two equal runs share: weights, optimiser, numbers, and the log but for its clock."""
     state = cram.load_checkpoint(out)
     tensors = dict(state["model"])
-    for i, values in state["optimizer"]["state"].items():
-        tensors.update({f"{i}.{name}": value for name, value in values.items()})
+    for k, optimizer in enumerate(state["optimizers"]):
+        tensors.update({f"{k}.{i}.{name}": v for i, values in optimizer["state"].items() for name, v in values.items()})
     clock = ("seconds", "tokens_per_s", "mfu")
     run = {k: v for k, v in state["run"].items() if k not in clock}
     return tensors, run, [{k: v for k, v in row.items() if k not in clock} for row in log_of(out)]
@@ -797,7 +848,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         cram.write_whole(tmp_path / "file", write)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path, data, monkeypatch, capsys):
@@ -817,7 +868,7 @@ def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path, data, monkeypatch, c
     assert cram.load_checkpoint(tmp_path)["run"]["step"] == 60
     monkeypatch.setattr(torch, "save", lambda *_: fails({"run": {"step": 1}}, None))
     message(cram.main, ["--data", str(data), "--out", str(tmp_path / "b"), "--budget", "60steps", *SMALL])
-    assert saves[-1] == 1 and not list((tmp_path / "b").glob("checkpoint*"))  # nothing is lost yet: stop at once
+    assert saves[-1] == 1 and not list((tmp_path / "b").glob("checkpoint*.pt"))  # nothing is lost yet: stop at once
 
 
 def test_the_checkpoint_before_is_kept_and_offered(tmp_path, trained, capsys):
@@ -853,7 +904,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     assert all(math.isfinite(float(row["train_loss"])) for row in log_of(tmp_path / "a"))
     state = cram.load_checkpoint(tmp_path / "a")
     assert state["run"]["skipped"] == 3 and all(w.isfinite().all() for w in state["model"].values())
-    assert state["optimizer"]["state"][0]["step"] == 17  # AdamW has not seen them
+    assert state["optimizers"][-1]["state"][0]["step"] == 17  # AdamW has not seen them
     monkeypatch.undo()
     spoil(monkeypatch, range(30, 1000))
     text = message(cram.main, [*flags, "--out", str(tmp_path / "b"), "--budget", "100steps"])
@@ -884,7 +935,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, m
 def test_two_processes_train_like_one(tmp_path, data):
     """torchrun with two gloo processes, stopped by SIGTERM, and ended by one process: the losses of one process that
     did it all."""
-    flags = ["--data", str(data), "--budget", "150steps", *SMALL, "--batch_size", "16", "--log_every", "1", "--lr", "1e-3"]
+    flags = ["--data", str(data), "--budget", "150steps", *SMALL, "--batch_size", "16", "--log_every", "1", "--recipe", "cram", "--lr", "1e-3"]
     one, both = tmp_path / "one", tmp_path / "both"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "cram.py")]
     process = subprocess.Popen([*torchrun, *flags, "--out", str(both)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -1013,7 +1064,7 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
     assert "cannot be used here" in run("--device", "abacus")
     assert "sum to 1.4: expected at most 1" in run("--mask_share", "0.9", "--random_share", "0.5")
     for flag, word, expected in (
-        ("recipe", "gpt", "cram"), ("size", "huge", "auto, tiny, mini, small, base, large"), ("mask_rate", "1.5", "a number from 0.001 to 1"),
+        ("recipe", "gpt", "bert, cram, modern"), ("size", "huge", "auto, tiny, mini, small, base, large"), ("mask_rate", "1.5", "a number from 0.001 to 1"),
         ("dtype", "int8", "auto, bf16, fp16, fp32"), ("lr", "fast", "a number from 1e-09 to 10"), ("lr", "nan", "a number from 1e-09 to 10"),
         ("layers", "1.5", "a whole number from 0 to 1000"), ("compile", "maybe", "auto, True, False"), ("resume", "maybe", "true or false"),
         ("batch_size", "0", "a whole number from 1 to"),
@@ -1027,7 +1078,7 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
     assert "checkpoint.pt does not exist" in run("--resume")
     resume = ["--resume", "--data", str(data), "--out", str(trained)]
     text = message(cram.main, [*resume, "--width", "64", "--recipe", "cram", "--budget", "9steps"])
-    assert "width was 32 and is now 64; budget was 300steps and is now 9steps" in text
+    assert "width was 32 and is now 64; recipe was modern and is now cram; budget was 300steps and is now 9steps" in text
     (tmp_path / "o").mkdir()
     for content in (b"", b"not a checkpoint", (trained / "checkpoint.pt").read_bytes()[:3000]):
         (tmp_path / "o/checkpoint.pt").write_bytes(content)
@@ -1180,7 +1231,7 @@ def scored(tmp_path, trained):
     return Path(shutil.copytree(trained, tmp_path / "scored"))
 
 
-FAST = ["--epochs", "5", "--batch_size", "4", "--lr", "1e-3", "--device", "cpu", "--dtype", "fp32"]
+FAST = ["--epochs", "5", "--batch_size", "4", "--lr", "2e-3", "--device", "cpu", "--dtype", "fp32"]
 
 
 def readme_row(text):
@@ -1198,7 +1249,7 @@ def test_all_of_glue_from_start_to_submission(tmp_path, scored, capsys):
     assert list(row)[1:] == ["CoLA matthews", "SST-2 accuracy", "MRPC f1", "QQP f1", "STS-B pearson", "MNLI-m accuracy",
                              "MNLI-mm accuracy", "QNLI accuracy", "RTE accuracy", "GLUE average"]
     scores = [float(row[column]) for column in list(row)[1:]]
-    assert min(scores) > 70 and scores[-1] == pytest.approx(sum(scores[:9]) / 9, abs=0.1), row
+    assert min(scores) > 80 and scores[-1] == pytest.approx(sum(scores[:9]) / 9, abs=0.1), row
     assert all(f"{metric}: median" in text for metric in ("accuracy", "spearman"))
     assert f"warning: {glue}/MNLI/dev_matched.tsv has 40 examples, expected the 9815 of the official file" in text
     names = ["CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE"]
@@ -1245,7 +1296,7 @@ def test_finished_runs_are_kept_and_never_mixed(tmp_path, scored, trained, capsy
     assert not calls and readme_row(again) == readme_row(text)
     run("--submit", str(tmp_path / "submit"))  # predictions are not kept: the run in the middle is made again
     assert len(calls) == 2
-    run("--lr", "2e-3")
+    run("--lr", "1e-3")
     assert len(calls) == 4
     run("--like", str(scored), checkpoint="none")
     assert len(calls) == 4
