@@ -1,7 +1,7 @@
 """Cramming: train a language model from scratch, on one GPU, within a budget.
 
     python cram.py                                   # a laptop: prepares the embedded corpus, trains 5 minutes
-    python cram.py --data data/mine --budget 24h     # the real thing: one GPU, one day, the paper's recipe
+    python cram.py --data data/c4 --budget 24h       # the real thing: one GPU, one day; --recipe cram is the paper's
     python cram.py --resume --out out/cram           # go on after a power cut with what is left of the budget
     python cram.py fill out/cram "returns a new [MASK] with the same shape."
     python cram.py bench --size base                 # how much of this machine the training uses
@@ -267,7 +267,7 @@ class Block(nn.Module):
 def rotate(x, rotation):
     """Rotary positions (Su et al., arXiv 2104.09864): turns the pairs (i, i + D/2) of x (..., S, D) by angles (S, D/2)."""
     (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 class Model(nn.Module):
     """The masked language model [4.2], with the decoder tied to the embedding."""
