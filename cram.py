@@ -514,13 +514,14 @@ def draw_curves(path, curves, x_label):
     """Writes an SVG of curves, each (label, [(x, loss in nats), ...], style): line, dots, or dash for one level."""
     points = [point for _, pairs, _ in curves for point in pairs]
     x_max, ys = max(x for x, _ in points) or 1, [y for _, y in points]
-    low, high = math.floor(min(ys) * 2 - 0.2) / 2, math.ceil(max(ys) * 2 + 0.2) / 2
+    unit = 0.5 if max(ys) - min(ys) <= 3 else 1
+    low, high = unit * math.floor(min(ys) / unit), unit * math.ceil(max(ys) / unit + 1e-3)
 
     def at(x, y):
-        return f"{60 + 640 * x / x_max:.1f} {350 - 330 * (y - low) / (high - low):.1f}"
+        return f"{60 + 640 * x / x_max:.1f} {350 - 310 * (y - low) / (high - low):.1f}"
 
-    out = [SVG_HEAD, f'<text x="380" y="391" text-anchor="middle">{x_label}</text><text x="22" y="14">nats</text>']
-    for y in np.arange(low, high + 0.1, 0.5 if high - low <= 4 else 1):
+    out = [SVG_HEAD, f'<text x="380" y="391" text-anchor="middle">{x_label}</text><text x="22" y="18">nats</text>']
+    for y in np.arange(low, high + 0.1, unit):
         height = at(0, y).split()[1]
         out.append(f'<path class="grid" d="M60 {height}H700"/><text x="22" y="{float(height) + 4}">{y:g}</text>')
     for x in np.linspace(0, x_max, 5):
