@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import get_args
 
 import numpy as np
@@ -82,8 +83,8 @@ class Config:
     # the optimiser [4.3]
     optimizer: str = opt("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest", "adamw", "muon")
     muon_lr: float = opt(0.02, "peak learning rate of Muon", 1e-9, 10)
-    lr: float | str = opt("auto", "peak learning rate; auto: 1e-3 for base, more for a narrower model", 1e-9, 10)
-    weight_decay: float = opt(0.01, "AdamW's weight decay, none on norms and biases", 0, 10)
+    lr: float | str = opt("auto", "peak learning rate of AdamW; auto: from width, 1e-3 for cram at base", 1e-9, 10)
+    weight_decay: float = opt(0.01, "weight decay of the matrices; norms and biases have none", 0, 10)
     grad_clip: float = opt(0.5, "largest norm of the gradient; 0: no clipping", 0, 1e9)
     lr_start: float = opt(0.25, "share of the peak learning rate at the start", 0, 1)
     warmup: float = opt(0.75, "share of the budget over which the learning rate rises", 0, 1)
@@ -137,7 +138,7 @@ def convert(f, word):
     for kind in kinds:  # the first that fits
         with suppress(ValueError, KeyError, TypeError):
             value = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
-            if not allowed or value == "auto" or (value in allowed if words else allowed[0] <= value <= allowed[1]):
+            if not allowed or (value in allowed if words else value == "auto" or allowed[0] <= value <= allowed[1]):
                 return value
     limits = f" from {allowed[0]:g} to {allowed[1]:g}" if allowed and not words else ""
     expected = ", ".join(map(str, allowed)) if words else {int: "a whole number", float: "a number"}.get(kinds[0], "true or false") + limits
@@ -151,14 +152,12 @@ def make_config(given):
         cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
-    if cfg.lr == "auto":
-        cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75
-    if cfg.batch_size != "auto":
-        cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
+    base_lr = 2e-3 if cfg.optimizer == "muon" else 1e-3  # at width 768
+    cfg.lr = base_lr * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected even heads and an even ffn_width")
+        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected a width of an even number for each head, and an even ffn_width")
     return cfg
 
 # ---------------------------------------------------------------------------------------- the machine
@@ -204,9 +203,8 @@ def autocast(device, dtype):
 
 # ------------------------------------------------------------------------------------------ tokenizer
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
-# What may become a token: a contraction, a word, up to three digits or other characters, each with the space
-# before it. Text is normalised first, so it holds only lower-case ASCII and single spaces. The bounds keep a
-# million times the same letter from being one word, on which byte-pair encoding would take for ever.
+# What may become a token of the normalised text: a contraction, a word, up to three digits or other characters, each
+# with the space before it. The bounds keep a million times the same letter from being one word, which would take for ever.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
 CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
 
@@ -218,8 +216,7 @@ def normalise(text):
 
 def load_tokenizer(text, pattern=PATTERN):
     """A tiktoken.Encoding from the text of a tokenizer.tiktoken file: base64 token, space, rank on each line."""
-    pairs = (line.split() for line in text.splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return tiktoken.Encoding("cram", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
@@ -236,7 +233,6 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(width, cfg.ffn_width, bias=cfg.linear_bias)
         self.ffn_out = nn.Linear(cfg.ffn_width // (1 + cfg.gated), width, bias=cfg.linear_bias)
         self.dropout = nn.Dropout(cfg.dropout)
-
     def attention(self, x, mask, rotation):
         """x (B, S, width); mask None or (B, 1, 1, S), true where a position may be looked at -> as x."""
         B, S, W = x.shape
@@ -250,12 +246,10 @@ class Block(nn.Module):
         else:
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, S, W)))
-
     def feed_forward(self, x):
         """x (B, S, width) -> as x. A gate makes it better at equal cost, if the width is not raised to make up for it [4.2]."""
         value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner width) each
         return self.dropout(self.ffn_out(value * F.gelu(gate)))
-
     def forward(self, x, mask, rotation):
         """As attention."""
         if self.pre_norm:  # [4.2]: stable at higher learning rates
@@ -294,7 +288,6 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.0 if cfg.zero_init and name.endswith("_out.weight") else cfg.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
     def encode(self, tokens, mask=None):
         """tokens (B, S); mask None or (B, S), false at padding -> hidden states (B, S, width)."""
         x = self.embedding(tokens)
@@ -304,7 +297,6 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x, None if mask is None else mask[:, None, None, :], self.rotation)
         return self.final_norm(x)
-
     def forward(self, tokens, where, targets=None):
         """Logits (B, K, vocab) at positions `where` (B, K) of tokens (B, S), or their mean loss on targets (B, K)."""
         x = self.encode(tokens)
@@ -312,7 +304,6 @@ class Model(nn.Module):
         x = self.head(x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2])))  # (B, K, width)
         logits = F.linear(x, self.embedding.weight, self.decoder_bias)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
     def flops_per_token(self):
         """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a layer of attention."""
         c = self.cfg
@@ -353,8 +344,8 @@ def mask_counts(cfg, seq_len):
     return count, masked, round((cfg.mask_share + cfg.random_share) * count) - masked
 
 def uniform(seed, reads, count):
-    """Random numbers (B, count) in [0, 1): a hash of the seed, the reads (B,) and the column, and of nothing else,
-    so the masks of a row are the same on any device, in any micro-batch, in a resumed run and on many GPUs."""
+    """Random numbers (B, count) in [0, 1): a hash of the seed, the reads (B,) and the column, and of nothing else, so
+    the masks of a row are the same in any micro-batch, in a resumed run and on any number of GPUs."""
     x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15
     x = x + torch.arange(count, device=reads.device) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # splitmix64's finaliser
@@ -465,10 +456,14 @@ def write_whole(path, write, keep=False):
     """Calls write(file) on a file that replaces `path` once it is whole and on the disk: a kill leaves old or new.
     keep: the old file stays, as NAME.prev.SUFFIX."""
     path, part = Path(path), Path(f"{path}.part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file under the good name
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file under the good name
+    except (OSError, RuntimeError) as error:  # behind its RuntimeError torch.save hides a full disk
+        part.unlink(missing_ok=True)
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     if keep and path.exists():
         os.replace(path, path.with_suffix(f".prev{path.suffix}"))
     os.replace(part, path)
@@ -484,7 +479,7 @@ def load_checkpoint(folder):
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(state["format"])
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        instead = f"mv {previous} {path} takes the one before it" if previous.is_file() else "use a copy, or train again"
+        instead = f"mv {previous} {path} takes the one before it" if path != previous and previous.is_file() else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")
     return state
 
@@ -536,7 +531,8 @@ def draw_curves(path, curves, x_label):
 
 def draw_run(folder, unigram):
     """folder/curve.svg from the rows of folder/log.csv, if there are any yet."""
-    rows = [dict(zip(COLUMNS, line.split(","), strict=False)) for line in (folder / "log.csv").read_text().splitlines()[1:]]
+    lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
+    rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines if len(line) == len(COLUMNS)]  # whole ones
     curves = [(label, [(float(row["tokens"]) / 1e6, float(row[name])) for row in rows if row[name] not in ("", "nan")], style)
               for label, name, style in (("training", "train_loss", "line"), ("validation", "val_loss", "dots"))]
     if rows:
@@ -552,7 +548,9 @@ def resume_config(given):
               if name not in may_change and value not in (saved[name], "auto")]
     if differ:
         fail(f"cannot resume: {'; '.join(differ)}. Leave these flags out, or start a new run with another --out")
-    return Config(**saved | {name: value for name, value in given.items() if name in may_change}), state
+    cfg = Config(**saved | {name: value for name, value in given.items() if name in may_change})
+    cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
+    return cfg, state
 
 def make_optimizers(model, cfg):
     """[AdamW], or [Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest]. Matrices decay, norms and
@@ -568,7 +566,7 @@ def build(cfg, vocab_size, seq_len, device, dtype):
     """(model, the same compiled if asked for, optimiser, fp16's loss scaler): what accumulate and update need."""
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
-    can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton")
+    can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
     compiled = can_compile if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     return model, forward, make_optimizers(model, cfg), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
@@ -587,10 +585,11 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
                     total += loss.detach()
             return total, micro
         except torch.OutOfMemoryError:
+            loss = total = None  # with them goes the graph that fills the memory
             model.zero_grad()
         if micro == 1:
             fail("one row at a time is too much for the memory of this device: choose a smaller --size")
-        micro = -(-micro // 2)
+        micro = -(-min(micro, *map(len, parts)) // 2)
         print(f"out of memory: on with {micro} rows at a time; the batch stays what it was", flush=True)
 
 def measure(model, optimizers, scaler, cfg, loss):
@@ -660,11 +659,13 @@ def train(given):
         spent = {"seconds": elapsed(), "steps": run.step, "tokens": tokens, "flops": tokens * flops_per_token}[unit]
         return agreed([min(1.0, spent / (amount - run.reserve)), sum(signals)], world, device)
     def gradient(rows):
-        """(loss, micro) after accumulate on this process's share of the run's next `rows` rows."""
+        """The loss after accumulate on this process's share of the run's next `rows` rows."""
+        nonlocal micro
         size, reads = min(-(-rows // world), cfg.micro_batch), range(run.reads, run.reads + rows)
         parts = [reads[i : i + size] for i in range(rank * size, rows, world * size)]  # micro-batches are dealt out
         load = partial(next_batch, train_rows, run, cfg, vocab_size, device)
-        return accumulate(forward, load, parts, rows, min(micro, size), scaler, device, dtype)
+        loss, micro = accumulate(forward, load, parts, rows, micro, scaler, device, dtype)
+        return loss
     def guarded(write, *args):
         """A full disk costs what did not fit, not the run; before the first step it stops it."""
         try:
@@ -684,7 +685,6 @@ def train(given):
             guarded(write_whole, out / "checkpoint.pt", lambda file: torch.save(now, file), True)
             guarded(draw_run, out, unigram)
         return elapsed() - run.seconds
-
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
@@ -714,7 +714,6 @@ machine  {f"{world} x " * (world > 1)}{device.type}, {dtype} ({reason}), {"eager
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
 budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows
 start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
-
     def interrupt(number, _):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
@@ -740,7 +739,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds + 1e-9)
             row = {"step": run.step, "seconds": round(seconds, 2), "progress": p, "tokens": tokens,
                    "exaflops": tokens * flops_per_token / 1e18, "lr": run.lr, "batch_rows": run.batch_rows,
-                   "train_loss": run.loss_sum / max(1, run.loss_count), "val_loss": run.val_loss if evaluation_due else "",
+                   "train_loss": run.loss_sum / (run.loss_count or math.nan), "val_loss": run.val_loss if evaluation_due else "",
                    "grad_norm": run.grad_norm, "tokens_per_s": round(speed),
                    "mfu": round(speed * flops_per_token / (machine_rate * world), 4)}
             if rank == 0:
@@ -756,27 +755,27 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             break
 
         run.batch_rows = batch_at(p, cfg)
-        loss, micro = gradient(run.batch_rows)
+        loss = gradient(run.batch_rows)
         if world > 1:
             sum_over_ranks(model, loss)
         loss, norm = measure(model, optimizers, scaler, cfg, loss)
         run.step, run.reads = run.step + 1, run.reads + run.batch_rows
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
-        run.lr, finite = lr_at(p, cfg) * cfg.lr, math.isfinite(loss + norm)
-        update(optimizers, scaler, lr_at(p, cfg), finite)
+        run.lr, finite = cfg.lr * lr_at(p, cfg), math.isfinite(loss + norm)
+        update(optimizers, scaler, run.lr / cfg.lr, finite)
         if finite:
             run.loss_sum, run.loss_count, run.grad_norm, not_finite = run.loss_sum + loss, run.loss_count + 1, norm, 0
         else:
             run.skipped, not_finite = run.skipped + 1, not_finite + 1
         if not_finite >= 10 and scaler.get_scale() <= 1:  # fp16 may first need many smaller scales
             fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, learning rate {run.lr:.2g}; "
-                 f"{out}/checkpoint.pt holds the last good save: try a smaller --lr, or --dtype fp32")
+                 f"{out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start again with a smaller --lr")
 
     if stop:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
         raise SystemExit(128 + int(stop))
     if not run.step:
-        fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one")
+        fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one, and --overwrite")
     save()
     skips = f" ({run.skipped} steps skipped: not finite)" if run.skipped else ""
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.3g} M tokens, {elapsed():.1f} s: validation loss "
@@ -824,8 +823,8 @@ def bench(given):
               1e12 / matmul_rate(device, dtype)) for _ in range(5)]
     whole, bare, per_tflop = np.median(times, axis=0)
     tflops = size * seq_len * model.flops_per_token() / whole / 1e12
-    used = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()) if sys.platform == "linux" else None
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * int(used[1]) if used else math.nan
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0"  # not known elsewhere
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * int(status.split("VmHWM:")[1].split()[0])
     print(f"""model    {cfg.recipe} {cfg.size}, {model.flops_per_token() / 1e6:.1f} MFLOP a token, {size} rows of {seq_len} tokens
 machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}; {memory / 1e9:.2f} GB at most
 speed    {size * seq_len / whole:.0f} tokens/s, {tflops:.3g} TFLOP/s, MFU {tflops * per_tflop:.1%} of {1 / per_tflop:.3g} TFLOP/s
@@ -839,6 +838,8 @@ def main(argv=None):
             {"train": train, "bench": bench}[command](parse_flags(Config, rest, __doc__))
         except OSError as error:  # a full disk, a folder that may not be written
             fail(f"{error}: what checkpoint.pt held before is kept")
+        except KeyboardInterrupt:  # before the loop, which catches the first one
+            raise SystemExit(130) from None
     elif command == "fill" and len(rest) == 2:
         for i, answers in enumerate(fill(*rest), 1):
             print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -832,6 +833,16 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, data):
     assert cram.load_checkpoint(tmp_path)["run"]["step"] >= 6
 
 
+def test_resume_with_a_larger_micro_batch_stays_within_the_batch(tmp_path, data, monkeypatch):
+    flags = ["--data", str(data), "--out", str(tmp_path), "--budget", "20steps", *SMALL, "--batch_ramp", "0.9", "--log_every", "1"]
+    lr_at = cram.lr_at
+    monkeypatch.setattr(cram, "lr_at", lambda p, cfg: (p == 0.25 and os.kill(os.getpid(), signal.SIGTERM)) or lr_at(p, cfg))
+    with pytest.raises(SystemExit):
+        cram.main(flags)
+    cram.main(["--resume", "--data", str(data), "--out", str(tmp_path), "--micro_batch", "128"])
+    assert {row["batch_rows"] for row in log_of(tmp_path)} <= {"4", "8"} and len(log_of(tmp_path)) == 20
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained, data):
     before = comparable(trained)
     cram.main(["--resume", "--out", str(trained), "--data", str(data)])
@@ -852,23 +863,36 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
 
 
 def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path, data, monkeypatch, capsys):
-    """Every save between the first and the last fails: the run ends well, with the warning, and says so in its exit."""
-    saves, save = [], torch.save
+    """Every save between the first and the last ends in the middle: the run ends well, with the warning, and says so in
+    its exit. (Past the limit on a file's size the system refuses to write, as on a full disk.)"""
+    saves, save, limits = [], torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fails(state, file):
         saves.append(state["run"]["step"])
         if 0 < saves[-1] < 60:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, file)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            save(state, file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(torch, "save", fails)
-    text = message(cram.main, ["--data", str(data), "--out", str(tmp_path), "--budget", "60steps", *SMALL])
-    assert "No space left" in text and re.match(r"error: \d+ times a file could not be written", text)
-    assert "warning: step" in capsys.readouterr().out and len(log_of(tmp_path)) == 30
-    assert cram.load_checkpoint(tmp_path)["run"]["step"] == 60
-    monkeypatch.setattr(torch, "save", lambda *_: fails({"run": {"step": 1}}, None))
+    text = message(cram.main, ["--data", str(data), "--out", str(tmp_path / "a"), "--budget", "60steps", *SMALL])
+    assert "File too large" in text and re.match(r"error: \d+ times a file could not be written", text)
+    assert "warning: step" in capsys.readouterr().out and len(log_of(tmp_path / "a")) == 30
+    assert cram.load_checkpoint(tmp_path / "a")["run"]["step"] == 60 and not list(tmp_path.glob("a/*.part"))
+    monkeypatch.setattr(torch, "save", lambda state, file: fails({**state, "run": {"step": 1}}, file))
     message(cram.main, ["--data", str(data), "--out", str(tmp_path / "b"), "--budget", "60steps", *SMALL])
-    assert saves[-1] == 1 and not list((tmp_path / "b").glob("checkpoint*.pt"))  # nothing is lost yet: stop at once
+    assert saves[-1] == 1 and not list((tmp_path / "b").glob("checkpoint*"))  # nothing is lost yet: stop at once
+
+
+def test_half_a_row_in_the_log_is_dropped(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "a")
+    whole = (tmp_path / "a/log.csv").read_text()
+    (tmp_path / "a/log.csv").write_text(whole + "301,12.5,0.")
+    cram.draw_run(tmp_path / "a", 3.0)
+    with cram.open_log(tmp_path / "a/log.csv", 300):
+        assert (tmp_path / "a/log.csv").read_text() == whole
 
 
 def test_the_checkpoint_before_is_kept_and_offered(tmp_path, trained, capsys):
@@ -901,7 +925,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     spoil(monkeypatch, {3, 4, 9}, math.inf)
     cram.main([*flags, "--out", str(tmp_path / "a"), "--budget", "20steps"])
     assert "(3 steps skipped: not finite)" in capsys.readouterr().out
-    assert all(math.isfinite(float(row["train_loss"])) for row in log_of(tmp_path / "a"))
+    assert [i for i, row in enumerate(log_of(tmp_path / "a")) if row["train_loss"] == "nan"] == [3, 4, 9]
     state = cram.load_checkpoint(tmp_path / "a")
     assert state["run"]["skipped"] == 3 and all(w.isfinite().all() for w in state["model"].values())
     assert state["optimizers"][-1]["state"][0]["step"] == 17  # AdamW has not seen them
@@ -1060,13 +1084,13 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
     for budget in ("5", "5 minutes", "m", "-3s", "0s", "1e400steps", "5Ms"):
         assert "is not understood: expected one like 90s" in run(f"--budget={budget}")
     assert "'tarin' is not understood" in message(cram.main, ["tarin"])
-    assert "expected even heads" in run("--width", "100", "--heads", "3")
+    assert "an even number for each head" in run("--width", "100", "--heads", "3")
     assert "cannot be used here" in run("--device", "abacus")
     assert "sum to 1.4: expected at most 1" in run("--mask_share", "0.9", "--random_share", "0.5")
     for flag, word, expected in (
         ("recipe", "gpt", "bert, cram, modern"), ("size", "huge", "auto, tiny, mini, small, base, large"), ("mask_rate", "1.5", "a number from 0.001 to 1"),
         ("dtype", "int8", "auto, bf16, fp16, fp32"), ("lr", "fast", "a number from 1e-09 to 10"), ("lr", "nan", "a number from 1e-09 to 10"),
-        ("layers", "1.5", "a whole number from 0 to 1000"), ("compile", "maybe", "auto, True, False"), ("resume", "maybe", "true or false"),
+        ("layers", "1.5", "a whole number from 0 to 1000"), ("compile", "maybe", "auto, True, False"), ("resume", "maybe", "true or false"), ("positions", "auto", "sinusoidal, learned, rotary"),
         ("batch_size", "0", "a whole number from 1 to"),
     ):  # fmt: skip
         text = run(f"--{flag}", word)
