@@ -47,7 +47,6 @@ class Task:
     sources: dict  # path under GLUE_URL: SHA-256, empty where it is not known
     header: tuple = ()  # the columns of train and dev where these files do not name them
 
-
 GLUE_URL, BINARY, ENTAILMENT = "https://dl.fbaipublicfiles.com/", ("0", "1"), ("entailment", "not_entailment")
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", BINARY, ("matthews",), {"train": 8551, "dev": 1043, "test": 1063},
@@ -76,7 +75,6 @@ TASKS = {
 }
 SUFFIX = {"": "", "matched": "-m", "mismatched": "-mm"}  # dev_matched is GLUE's column MNLI-m, dev is just CoLA, ...
 
-
 @dataclass
 class Options:
     """The paper's one setting for all tasks [2]; a number that is changed is changed for all of them."""
@@ -84,14 +82,14 @@ class Options:
     like: str = opt("out/cram", "with --checkpoint none: the folder whose shape and vocabulary the random model takes")
     glue_dir: str = opt("data/glue", "folder with CoLA/, SST-2/, ...; a task that is not there is downloaded")
     tasks: str = opt("all", f"all, or some with commas between: {','.join(TASKS)}")
-    seeds: int = opt(5, "runs of each task, with seeds 0, 1, ...; the score is their median")
+    seeds: int = opt(5, "runs of each task, with seeds 0, 1, ...; the score is their median", 1, 1000)
     submit: str = opt("", "folder to write test-set predictions to, of the seed with the median dev score")
     device: str = opt("auto", "auto, cuda, mps or cpu")
-    dtype: str = opt("auto", "auto, bf16, fp16 or fp32")
-    epochs: int = opt(5, "passes over the training set; the paper allows 5")
-    batch_size: int = opt(16, "examples in a step")
-    lr: float = opt(4e-5, "peak learning rate: warm-up over a tenth of the steps, then cosine to 0")
-
+    dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
+    epochs: int = opt(5, "passes over the training set; the paper allows 5", 1, 1000)
+    batch_size: int = opt(16, "examples in a step", 1, 2**20)
+    lr: float | str = opt("auto", "peak learning rate: warm-up over a tenth of the steps, then cosine to 0; auto: the paper's "
+                          "4e-5 at width 768, more for a narrower model", 1e-9, 10)
 
 # ---------------------- metrics: of predicted and true label numbers or scores, both (N,); undefined is nan
 
@@ -99,17 +97,14 @@ def accuracy(predicted, true):
     """Share of equal labels."""
     return float(np.mean(predicted == true))
 
-
 def f1(predicted, true):
     """Harmonic mean of precision and recall of label 1; nan where none is true and none predicted (0 / 0)."""
     hits, both = np.sum((predicted == 1) & (true == 1)), np.sum(predicted == 1) + np.sum(true == 1)
     return float(2 * hits / both) if both else math.nan
 
-
 def matthews(predicted, true):
     """Correlation of two binary labels; 0 where one is constant: the limit, and what scikit-learn and GLUE report."""
     return 0.0 if np.ptp(predicted) == 0 or np.ptp(true) == 0 else pearson(predicted, true)
-
 
 def pearson(predicted, true):
     """Linear correlation; nan where one side is constant or holds a nan."""
@@ -117,19 +112,16 @@ def pearson(predicted, true):
         return math.nan
     return float(np.corrcoef(np.float64(predicted), np.float64(true))[0, 1])
 
-
 def spearman(predicted, true):
     """Linear correlation of the ranks, where equal values share the mean of theirs; nan as for pearson."""
     sides = (np.unique(side, return_inverse=True, return_counts=True) for side in (predicted, true))
     ranks = [(np.cumsum(counts) - (counts - 1) / 2)[which] for _, which, counts in sides]
     return math.nan if np.isnan([predicted, true]).any() else pearson(*ranks)
 
-
 def score(task, predicted, true):
     """{metric: value} of a task's metrics; nan where a prediction is nan, as after a divergence."""
     functions = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}
     return {m: functions[m](predicted, true) if np.isfinite(predicted).all() else math.nan for m in task.metrics}
-
 
 # ----------------------------------------------------------------------------------------------- files
 
@@ -154,7 +146,6 @@ def fetch(folder, task, splits):
     (build_mrpc if task.folder == "MRPC" else unzip)(task, paths, part)
     part.replace(folder)
 
-
 def unzip(task, paths, part):
     """Writes a task's files from its archive to the folder `part`; refuses an archive with a path out of its folder."""
     try:
@@ -167,7 +158,6 @@ def unzip(task, paths, part):
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError) as error:
         fail(f"{paths[0]} is damaged or not the official file ({error}): remove it and run the same command again")
 
-
 def build_mrpc(task, paths, part):
     """Writes MRPC's files to the folder `part`: dev is the train rows whose pair of ids stands in the third file."""
     train, test, ids = map(read_rows, paths)
@@ -178,7 +168,6 @@ def build_mrpc(task, paths, part):
     for split, rows in files.items():
         (part / f"{split}.tsv").write_bytes("".join("\t".join(row) + "\n" for row in rows).encode())
 
-
 def read_rows(path):
     """The lines of a TSV as lists of columns, without quoting: a " is a character like any other."""
     try:
@@ -186,7 +175,6 @@ def read_rows(path):
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 (byte {error.start}): get the official file again")
     return [line.rstrip("\r").split("\t") for line in lines if line.strip("\r")]
-
 
 def read_split(path, task):
     """(texts, labels, rows skipped) of a file: tuples of strings; numbers (N,), None for a test file; a count. Stops on a
@@ -213,7 +201,6 @@ def read_split(path, task):
     labels = np.array([numbers[word] for word in labels], np.int64 if task.labels else np.float32)
     return texts, labels if labelled else None, len(bad)
 
-
 def encode(texts, tokenizer, seq_len):
     """(tokens (N, longest) padded at the end, lengths (N,), number cut) of texts as `[CLS] a [SEP]` or
     `[CLS] a [SEP] b [SEP]`: one that exceeds seq_len loses tokens at the end of its longer text, one at a time."""
@@ -231,7 +218,6 @@ def encode(texts, tokenizer, seq_len):
     tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(rows)
     return tokens, lengths, cut
 
-
 def batches(tokens, lengths, size, pad_id, rng=None):
     """Yields (indices (B,), tokens (B, S), mask (B, S) false at padding) of all of tokens (N, longest), on its device.
     Examples of like length go together: all are sorted or, with a generator, the order is random but for sorting
@@ -246,7 +232,6 @@ def batches(tokens, lengths, size, pad_id, rng=None):
     for part, index in zip(parts, order.split([len(part) for part in parts]), strict=True):
         rows = tokens[index, : -(-int(lengths[part].max()) // 8) * 8]  # a CPU builds kernels for each S
         yield index, rows, rows != pad_id
-
 
 # ----------------------------------------------------------------------------------------- fine-tuning
 
@@ -265,7 +250,6 @@ class Classifier(nn.Module):
         first = self.encoder.encode(tokens, mask)[:, 0]
         with torch.autocast(tokens.device.type, enabled=False):  # from 2 to 4 bf16 has steps of 1/64: STS-B would tie
             return self.head(first.float())
-
 
 def finetune(task, data, encoder, scratch, pad_id, options, device, dtype, seed):
     """Trains a copy of the encoder (scratch: one of random weights) and a classifier on data["train"], of {split:
@@ -295,7 +279,6 @@ def finetune(task, data, encoder, scratch, pad_id, options, device, dtype, seed)
     show("")
     return {split: predict(model, *data[split][:2], pad_id, device, dtype) for split in data if split != "train"}
 
-
 @torch.no_grad()
 def predict(model, tokens, lengths, pad_id, device, dtype):
     """Label numbers or scores of examples in their order: (N,) float64; all of them nan where a logit is not finite."""
@@ -309,18 +292,15 @@ def predict(model, tokens, lengths, pad_id, device, dtype):
     labels = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1).double()
     return (labels if logits.isfinite().all() else labels * math.nan).numpy()
 
-
 def main(argv=None):
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
     names = list(TASKS) if options.tasks == "all" else list(dict.fromkeys(options.tasks.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
         fail(f"unknown task {unknown[0]!r}: expected all, or some of {','.join(TASKS)} with commas between")
-    for name in ("seeds", "epochs", "batch_size", "lr"):
-        if not 0 < getattr(options, name) < math.inf:
-            fail(f"{name} is {getattr(options, name)}: expected a number above 0")
     scratch = options.checkpoint == "none"
     source = Path(options.like if scratch else options.checkpoint)
     model, tokenizer, state = load_model(source, trained=not scratch, dropout=0.1)  # [2]
+    options.lr = 4e-5 * (768 / model.cfg.width) ** 2 if options.lr == "auto" else options.lr
     (device, dtype, reason), pad_id = choose_device(options), tokenizer.encode_single_token("[PAD]")
     title, reads = (f"random weights, as {source}", 0) if scratch else (f"{source}", state["run"]["reads"])
     print(f"model    {title}: {model.cfg.recipe}, {model.cfg.layers} layers, width {model.cfg.width}, "
@@ -394,7 +374,6 @@ def main(argv=None):
             for column in row:
                 archive.write(submit / f"{column}.tsv", f"{column}.tsv")
         print(f"{submit}/submission.zip: {', '.join(row)}. The server asks for WNLI and AX too: left out, as in the paper.")
-
 
 if __name__ == "__main__":
     main()
