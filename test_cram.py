@@ -887,10 +887,11 @@ def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path, data, monkeypatch, c
     assert saves == [1] and not list((tmp_path / "b").glob("checkpoint*"))  # nothing is lost yet: stop at once
 
 
-def test_half_a_row_in_the_log_is_dropped(tmp_path, trained):
+def test_rows_of_the_log_after_the_last_save_and_half_a_row_are_dropped(tmp_path, trained):
     shutil.copytree(trained, tmp_path / "a")
     whole = (tmp_path / "a/log.csv").read_text()
-    (tmp_path / "a/log.csv").write_text(whole + "301,12.5,0.")
+    later = whole.splitlines()[-1].replace("300,", "302,", 1)
+    (tmp_path / "a/log.csv").write_text(f"{whole}{later}\n304,12.5,0.")
     cram.draw_run(tmp_path / "a", 3.0)
     with cram.open_log(tmp_path / "a/log.csv", 300):
         assert (tmp_path / "a/log.csv").read_text() == whole
