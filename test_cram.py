@@ -1361,7 +1361,7 @@ def test_an_undefined_score_is_called_so(tmp_path, scored, monkeypatch, capsys):
 
 def test_fine_tuning_repeats_with_its_seed_and_starts_from_the_weights(tmp_path, trained):
     glue, task = write_glue(tmp_path / "glue", ["stsb"]), finetune_glue.TASKS["stsb"]
-    options = finetune_glue.Options(epochs=1)
+    options = finetune_glue.Options(epochs=1, lr=4e-5)
     model, tokenizer, _ = cram.load_model(trained, dropout=0.1)
     data = {}
     for split in ("train", "dev"):
