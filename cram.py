@@ -10,8 +10,7 @@
 A masked language model reads rows of tokens in which some positions are hidden, and learns to name what was there. The
 rules, and two of the recipes, are those of "Cramming: Training a Language Model on a Single GPU in One
 Day" (Geiping & Goldstein, arXiv 2212.14034), "the paper" below; [4.2] is its section 4.2. Read from top to bottom:
-settings, machine, tokenizer, model, data, budget, checkpoint and log, loop, commands.
-"""
+settings, machine, tokenizer, model, data, budget, checkpoint and log, loop, commands."""
 
 import argparse
 import base64
@@ -44,6 +43,7 @@ from torch.nn import functional as F
 # ------------------------------------------------------------------------------------------- settings
 def opt(default, help, *allowed):
     """A dataclass field that is also a flag: its default, what -h shows, and its lowest and highest value or its choices."""
+    help += ": " + ", ".join(map(str, allowed)) if allowed and isinstance(allowed[0], str) else ""
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 @dataclass
@@ -59,15 +59,15 @@ class Config:
     # the machine [4.1]
     device: str = opt("auto", "auto, cuda, mps or cpu")
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
-    compile: bool | str = opt("auto", "torch.compile the model; auto: on a GPU", "auto", True, False)
+    compile: bool | str = opt("auto", "torch.compile the model, on a GPU if auto", "auto", True, False)
     # the shape [4.2]
-    size: str = opt("auto", "auto: base on a GPU, tiny on a CPU", "auto", "tiny", "mini", "small", "base", "large")
-    recipe: str = opt("modern", "a named set of values for the settings below", "bert", "cram", "modern")
+    size: str = opt("auto", "base on a GPU and tiny on a CPU if auto", "auto", "tiny", "mini", "small", "base", "large")
+    recipe: str = opt("modern", "a set of values for the settings below, whose defaults here are cram's", "bert", "cram", "modern")
     layers: int = opt(0, "transformer blocks; 0: from size (base: 16)", 0, 1000)
     width: int = opt(0, "hidden width; 0: from size (base: 768)", 0, 2**16)
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
     ffn_width: int = opt(0, "feed-forward width before the gate halves it; 0: from size (base: 3072)", 0, 2**18)
-    norm: str = opt("pre", "LayerNorm before each part of a block, or after it", "pre", "post")
+    norm: str = opt("pre", "LayerNorm before or after each part of a block", "pre", "post")
     gated: bool = opt(True, "feed-forward with a gate, which halves its width")
     positions: str = opt("sinusoidal", "how a token knows its place", "sinusoidal", "learned", "rotary")
     head: bool = opt(False, "dense layer, GELU, LayerNorm and a bias around the decoder")
@@ -81,7 +81,7 @@ class Config:
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...", 0, 1)
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is", 0, 1)
     # the optimiser [4.3]
-    optimizer: str = opt("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest", "adamw", "muon")
+    optimizer: str = opt("adamw", "muon takes the blocks' matrices and leaves the rest to adamw", "adamw", "muon")
     muon_lr: float = opt(0.02, "peak learning rate of Muon", 1e-9, 10)
     lr: float | str = opt("auto", "peak learning rate of AdamW; auto: from width, 1e-3 for cram at base", 1e-9, 10)
     weight_decay: float = opt(0.01, "weight decay of the matrices; norms and biases have none", 0, 10)
@@ -334,7 +334,7 @@ def load_data(folder):
     for name in FILES:
         if not (folder / name).is_file() or sha256(folder / name) != expected[name]:
             fail(f"{folder / name} does not match the manifest (it is missing, or its checksum is another): {again}")
-    rows = [np.memmap(folder / name, "<u2", "r").reshape(-1, meta["seq_len"]) for name in FILES[:2]]
+    rows = (np.memmap(folder / name, "<u2", "r").reshape(-1, meta["seq_len"]) for name in FILES[:2])
     return meta, (folder / "tokenizer.tiktoken").read_text(), *rows
 
 def mask_counts(cfg, seq_len):
