@@ -55,7 +55,7 @@ class Config:
     budget: str = opt("5m", "what to spend: 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops [2]")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt with what is left of its budget")
     overwrite: bool = opt(False, "replace the run that OUT holds")
-    seed: int = opt(0, "seed of the weights, the masks and the row order after the first pass", 0, 2**31)
+    seed: int = opt(0, "seed of the weights, the masks, dropout and the random row orders", 0, 2**31)
     # the machine [4.1]
     device: str = opt("auto", "auto, cuda, mps or cpu")
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
@@ -172,10 +172,10 @@ def choose_device(cfg):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
-    cpu = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    on_cpu = device.type == "cpu" and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu)
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
+    cpu, flags = Path("/proc/cpuinfo"), {"amx_bf16", "avx512_bf16", "bf16"}
+    on_cpu = device.type == "cpu" and cpu.exists() and flags & set(cpu.read_text().split())
     if on_cpu or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
         return device, "bf16", "native here"
     return device, *(("fp16", "with loss scaling") if device.type == "cuda" else ("fp32", "no native bf16 here"))
@@ -276,7 +276,7 @@ class Model(nn.Module):
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
         elif cfg.positions == "sinusoidal":
             self.register_buffer("positions", torch.stack((angle.sin(), angle.cos()), 2).flatten(1), persistent=False)
-            self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
+            self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))  # the table's one learned factor
         norm = partial(nn.LayerNorm, cfg.width, eps=EPS, bias=cfg.norm_bias)
         self.embedding_norm, self.dropout = norm(), nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
@@ -322,7 +322,7 @@ def sha256(path):
 
 def load_data(folder):
     """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by
-    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len); sizes and checksums are checked."""
+    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len); checksums are checked."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -442,8 +442,7 @@ class Run:
     logged: int = 0  # step of the last row of the log
     evals: int = 0  # evaluations done
     val_loss: float = math.nan  # of the last evaluation
-    lr: float = 0.0  # of the last step, as the next two
-    batch_rows: int = 0
+    batch_rows: int = 0  # of the last step, as the next one
     grad_norm: float = 0.0  # before clipping
     loss_sum: float = 0.0  # of the steps since the last row of the log ...
     loss_count: int = 0  # ... and how many they are
@@ -491,11 +490,15 @@ def load_model(folder, trained=True, **overrides):
         model.load_state_dict(state["model"])
     return model, load_tokenizer(state["tokenizer"], state["meta"]["pattern"]), state
 
+def read_log(path):
+    """The rows of log.csv, each {column: text}: whole ones, for a power cut or a full disk may leave a piece of one."""
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS)]
+
 def open_log(path, step):
     """log.csv, open for appending behind its header and its rows up to `step`: where a resumed run goes on."""
-    lines = path.read_text().splitlines()[1:] if step and path.is_file() else []
-    lines = [line for line in lines if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]  # whole ones
-    write_whole(path, lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
+    rows = [row.values() for row in read_log(path) if int(row["step"]) <= step] if step and path.is_file() else []
+    write_whole(path, lambda file: file.write("".join(",".join(row) + "\n" for row in (COLUMNS, *rows)).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
 
 SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="sans-serif" font-size="13">
@@ -511,10 +514,8 @@ def draw_curves(path, curves, x_label):
     x_max, ys = max(x for x, _ in points) or 1, [y for _, y in points]
     unit = 0.5 if max(ys) - min(ys) <= 3 else 1
     low, high = unit * math.floor(min(ys) / unit), unit * math.ceil(max(ys) / unit + 1e-3)
-
     def at(x, y):
         return f"{60 + 640 * x / x_max:.1f} {350 - 310 * (y - low) / (high - low):.1f}"
-
     out = [SVG_HEAD, f'<text x="380" y="391" text-anchor="middle">{x_label}</text><text x="22" y="18">nats</text>']
     for y in np.arange(low, high + 0.1, unit):
         height = at(0, y).split()[1]
@@ -531,8 +532,7 @@ def draw_curves(path, curves, x_label):
 
 def draw_run(folder, unigram):
     """folder/curve.svg from the rows of folder/log.csv, if there are any yet."""
-    lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
-    rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines if len(line) == len(COLUMNS)]  # whole ones
+    rows = read_log(folder / "log.csv")
     curves = [(label, [(float(row["tokens"]) / 1e6, float(row[name])) for row in rows if row[name] not in ("", "nan")], style)
               for label, name, style in (("training", "train_loss", "line"), ("validation", "val_loss", "dots"))]
     if rows:
@@ -563,7 +563,7 @@ def make_optimizers(model, cfg):
     return [torch.optim.Muon(muon)] * bool(matrices) + [torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)]
 
 def build(cfg, vocab_size, seq_len, device, dtype):
-    """(model, the same compiled if asked for, optimiser, fp16's loss scaler): what accumulate and update need."""
+    """(model, the same compiled if asked for, optimisers, fp16's loss scaler): what accumulate and update need."""
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
     can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
@@ -735,10 +735,10 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
-            seconds, tokens = elapsed(), run.reads * seq_len
+            seconds, tokens, lr = elapsed(), run.reads * seq_len, cfg.lr * lr_at(p, cfg)
             speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds + 1e-9)
             row = {"step": run.step, "seconds": round(seconds, 2), "progress": p, "tokens": tokens,
-                   "exaflops": tokens * flops_per_token / 1e18, "lr": run.lr, "batch_rows": run.batch_rows,
+                   "exaflops": tokens * flops_per_token / 1e18, "lr": lr, "batch_rows": run.batch_rows,
                    "train_loss": run.loss_sum / (run.loss_count or math.nan), "val_loss": run.val_loss if evaluation_due else "",
                    "grad_norm": run.grad_norm, "tokens_per_s": round(speed),
                    "mfu": round(speed * flops_per_token / (machine_rate * world), 4)}
@@ -748,7 +748,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
                 shown = p, seconds
                 left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
                 measured = f"val {run.val_loss:.3f}  " if evaluation_due else ""
-                print(f"{p:6.1%}  step {run.step}  loss {row['train_loss']:.3f}  {measured}lr {run.lr:.1e}  batch {run.batch_rows}  "
+                print(f"{p:6.1%}  step {run.step}  loss {row['train_loss']:.3f}  {measured}lr {lr:.1e}  batch {run.batch_rows}  "
                       f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
         if stop or p >= 1:
@@ -761,14 +761,14 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         loss, norm = measure(model, optimizers, scaler, cfg, loss)
         run.step, run.reads = run.step + 1, run.reads + run.batch_rows
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
-        run.lr, finite = cfg.lr * lr_at(p, cfg), math.isfinite(loss + norm)
-        update(optimizers, scaler, run.lr / cfg.lr, finite)
+        finite = math.isfinite(loss + norm)
+        update(optimizers, scaler, lr_at(p, cfg), finite)
         if finite:
             run.loss_sum, run.loss_count, run.grad_norm, not_finite = run.loss_sum + loss, run.loss_count + 1, norm, 0
         else:
             run.skipped, not_finite = run.skipped + 1, not_finite + 1
         if not_finite >= 10 and scaler.get_scale() <= 1:  # fp16 may first need many smaller scales
-            fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, learning rate {run.lr:.2g}; "
+            fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, learning rate {cfg.lr * lr_at(p, cfg):.2g}; "
                  f"{out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start again with a smaller --lr")
 
     if stop:
@@ -794,7 +794,7 @@ def fill(folder, text, top=5):
     parts = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
     parts = [" " * (part[:1].isspace() and not part.isspace()) + normalise(part) for part in parts]
     tokens = [token for part in parts for token in (mask, *tokenizer.encode_ordinary(part))]
-    tokens = [sep, *tokens[1:], sep]  # a document stands between [SEP]s, as in training
+    tokens = [sep, *tokens[1:], sep]  # no [MASK] before the first part; a document stands between [SEP]s, as in training
     where = [i for i, token in enumerate(tokens) if token == mask]
     if not where or len(tokens) > model.seq_len:
         fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
@@ -814,11 +814,9 @@ def bench(given):
     model, forward, optimizers, scaler = build(cfg, vocab_size, seq_len, device, dtype)
     load = partial(next_batch, rows, Run(), cfg, vocab_size, device)
     ready = load(range(size))
-
     def step(load):
         loss, _ = accumulate(forward, load, [range(size)], size, size, scaler, device, dtype)
         update(optimizers, scaler, 0.1, math.isfinite(sum(measure(model, optimizers, scaler, cfg, loss))))
-
     times = [(time_of(lambda: step(load), device), time_of(lambda: step(lambda _: ready), device),
               1e12 / matmul_rate(device, dtype)) for _ in range(5)]
     whole, bare, per_tflop = np.median(times, axis=0)

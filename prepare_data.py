@@ -343,8 +343,10 @@ def sort_rows(blocks, target, score, rng=None):
     Equal ones keep their order, or are shuffled by rng. Each row goes to a file for a range of sums, of about 64 MB;
     then each such file is sorted in memory.
     """
-    keys = [np.float32(score[rows].sum(1) + (rng.random(len(rows)) if rng else 0)) for rows in blocks()]
-    count = 1 + sum(map(len, keys)) * next(blocks()).shape[1] // (32 * CHUNK)
+    keys = []
+    for rows in blocks():
+        keys.append(np.float32(score[rows].sum(1) + (rng.random(len(rows)) if rng else 0)))
+    count = 1 + sum(map(len, keys)) * rows.shape[1] // (32 * CHUNK)
     bounds = np.quantile(np.concatenate([k[::50] for k in keys]), np.arange(1, count) / count)
     into = [np.searchsorted(bounds, k).astype(np.uint16) for k in keys]
     parts = [Path(f"{target}.{i}.part") for i in range(count)]

@@ -835,8 +835,8 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, data):
 
 def test_resume_with_a_larger_micro_batch_stays_within_the_batch(tmp_path, data, monkeypatch):
     flags = ["--data", str(data), "--out", str(tmp_path), "--budget", "20steps", *SMALL, "--batch_ramp", "0.9", "--log_every", "1"]
-    lr_at = cram.lr_at
-    monkeypatch.setattr(cram, "lr_at", lambda p, cfg: (p == 0.25 and os.kill(os.getpid(), signal.SIGTERM)) or lr_at(p, cfg))
+    batch_at = cram.batch_at  # called once a step
+    monkeypatch.setattr(cram, "batch_at", lambda p, cfg: (p == 0.25 and os.kill(os.getpid(), signal.SIGTERM)) or batch_at(p, cfg))
     with pytest.raises(SystemExit):
         cram.main(flags)
     cram.main(["--resume", "--data", str(data), "--out", str(tmp_path), "--micro_batch", "128"])
