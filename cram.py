@@ -4,16 +4,14 @@
     python cram.py --data data/c4 --budget 24h       # the real thing: one GPU, one day; --recipe cram is the paper's
     python cram.py --resume --out out/cram           # go on after a power cut with what is left of the budget
     python cram.py fill out/cram "returns a new [MASK] with the same shape."
+    python cram.py plot out/a out/b --to curves.svg  # losses of runs against compute
     python cram.py bench --size base                 # how much of this machine the training uses
-    torchrun --standalone --nproc_per_node=2 cram.py --data data/mine  # the same on two GPUs
 
-A masked language model reads rows of tokens in which some positions are hidden, and learns to name what was there. The
-rules, and two of the recipes, are those of "Cramming: Training a Language Model on a Single GPU in One
-Day" (Geiping & Goldstein, arXiv 2212.14034), "the paper" below; [4.2] is its section 4.2. Read from top to bottom:
-settings, machine, tokenizer, model, data, budget, checkpoint and log, loop, commands."""
+A masked language model reads rows of tokens, some of them hidden, and learns to name what was there. Rules and recipes
+`bert` and `cram`: "Cramming: Training a Language Model on a Single GPU in One Day" (Geiping & Goldstein, arXiv
+2212.14034), "the paper" below; [4.2] is its section 4.2."""
 
 import argparse
-import base64
 import hashlib
 import json
 import math
@@ -23,17 +21,17 @@ import re
 import signal
 import sys
 import time
-import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
+from html import escape
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from shutil import which
 from typing import get_args
 
 import numpy as np
-import tiktoken
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -41,27 +39,24 @@ from torch.nn import functional as F
 
 
 # ------------------------------------------------------------------------------------------- settings
-def opt(default, help, *allowed):
-    """A dataclass field that is also a flag: its default, what -h shows, and its lowest and highest value or its choices."""
-    help += ": " + ", ".join(map(str, allowed)) if allowed and isinstance(allowed[0], str) else ""
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+def opt(default, help, *allowed, group=None):
+    """A field that is also a flag: default, help, lowest and highest value or choices, and a title that -h puts above."""
+    kind = "choices" if allowed and isinstance(allowed[0], str) else "limits"
+    return field(default=default, metadata={"help": help, "group": group, "choices": (), "limits": (), kind: allowed})
 
 @dataclass
 class Config:
     """Every setting of a run, with the values of the paper's final recipe, "crammed BERT"; a recipe changes some."""
-    # where, and how long
-    data: str = opt("data/docs", "folder made by prepare_data.py")
+    data: str = opt("data/docs", "folder made by prepare_data.py", group="where, and how long")
     out: str = opt("out/cram", "folder for checkpoint.pt, log.csv and curve.svg")
     budget: str = opt("5m", "what to spend: 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops [2]")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt with what is left of its budget")
     overwrite: bool = opt(False, "replace the run that OUT holds")
     seed: int = opt(0, "seed of the weights, the masks, dropout and the random row orders", 0, 2**31)
-    # the machine [4.1]
-    device: str = opt("auto", "auto, cuda, mps or cpu")
+    device: str = opt("auto", "auto, cuda, mps or cpu", group="the machine [4.1]")
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
     compile: bool | str = opt("auto", "torch.compile the model, on a GPU if auto", "auto", True, False)
-    # the shape [4.2]
-    size: str = opt("auto", "base on a GPU and tiny on a CPU if auto", "auto", "tiny", "mini", "small", "base", "large")
+    size: str = opt("auto", "base on a GPU and tiny on a CPU if auto", "auto", "tiny", "mini", "small", "base", "large", group="the shape [4.2]")
     recipe: str = opt("modern", "a set of values for the settings below, whose defaults here are cram's", "bert", "cram", "modern")
     layers: int = opt(0, "transformer blocks; 0: from size (base: 16)", 0, 1000)
     width: int = opt(0, "hidden width; 0: from size (base: 768)", 0, 2**16)
@@ -76,12 +71,10 @@ class Config:
     zero_init: bool = opt(False, "output matrices of attention and feed-forward start at 0")
     dropout: float = opt(0.0, "on embedding, attention and feed-forward outputs [4.3]", 0, 0.99)
     init_std: float = opt(0.02, "standard deviation of the normal that fills every matrix at the start", 0, 1)
-    # the objective [4.3]
-    mask_rate: float = opt(0.25, "share of positions to predict, the same number in every row", 0.001, 1)
+    mask_rate: float = opt(0.25, "share of positions to predict, the same number in every row", 0.001, 1, group="the objective [4.3]")
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...", 0, 1)
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is", 0, 1)
-    # the optimiser [4.3]
-    optimizer: str = opt("adamw", "muon takes the blocks' matrices and leaves the rest to adamw", "adamw", "muon")
+    optimizer: str = opt("adamw", "muon takes the blocks' matrices and leaves the rest to adamw", "adamw", "muon", group="the optimiser [4.3]")
     muon_lr: float = opt(0.02, "peak learning rate of Muon", 1e-9, 10)
     lr: float | str = opt("auto", "peak learning rate of AdamW; auto: from width, 1e-3 for cram at base", 1e-9, 10)
     weight_decay: float = opt(0.01, "weight decay of the matrices; norms and biases have none", 0, 10)
@@ -93,12 +86,10 @@ class Config:
     batch_size: int | str = opt("auto", "rows in a step after the ramp; auto: 8192 for 1e10 tokens, less for less", 1, 2**24)
     batch_ramp: float = opt(0.6, "share of the budget in which the batch grows from one micro-batch; 0: none", 0, 1)
     shuffle: bool = opt(False, "read rows in random order in the first pass too, not as prepare_data.py sorted them [4.4]")
-    # watching
-    val_rows: int = opt(512, "rows of the validation set, masked once at the default rate", 1, 2**24)
+    val_rows: int = opt(512, "rows of the validation set, masked once at the default rate", 1, 2**24, group="watching")
     log_every: int = opt(10, "steps from one row of log.csv to the next", 1, 2**31)
 
-RECIPES = {  # name: values that differ from Config's defaults
-    "cram": {},
+RECIPES = {  # name: values that differ from Config's defaults; nothing does in cram
     "bert": {"norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True, "dropout": 0.1,
              "mask_rate": 0.15, "lr_start": 0.0, "warmup": 0.01, "cooldown": 0.99, "batch_ramp": 0.0},
     "modern": {"positions": "rotary", "norm_bias": False, "zero_init": True, "optimizer": "muon", "lr_start": 0.0,
@@ -113,36 +104,28 @@ def fail(message):
     """Ends the program on a user's mistake: one sentence on stderr, exit code 1, no traceback."""
     raise SystemExit(f"error: {message}")
 
-def show(text):
-    """A line on a terminal that the next one replaces; nothing in a log file."""
-    if sys.stdout.isatty():
-        print(f"\r{text[: os.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
-
 def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=style)
+    style = partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=32)
+    group = parser = argparse.ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=style)
     parser.error = fail
     for f in fields(cls):
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         extra = {"nargs": "+"} if f.type is tuple else {"nargs": "?", "const": True} if bool in (f.type, *get_args(f.type)) else {}
-        shown = " ".join(f.default) if f.type is tuple else f.default
-        text = f"{f.metadata['help']} (default: {shown or repr(shown)})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", metavar=f.name.upper(), help=text, default=argparse.SUPPRESS,
-                            type=partial(convert, f), **extra)
+        text = f"{f.metadata['help']} (default: {' '.join(f.default) if f.type is tuple else f.default})".replace("%", "%%")
+        words = "|".join(map(str, f.metadata["choices"])) or f.name.upper()
+        group.add_argument(f"--{f.name}", metavar=words, help=text, default=argparse.SUPPRESS, type=partial(convert, f), **extra)
     return vars(parser.parse_args(argv))
 
 def convert(f, word):
     """A word of the command line as a value that the dataclass field `f` allows; raises argparse's error otherwise."""
-    kinds, allowed = get_args(f.type) or (str if f.type is tuple else f.type,), f.metadata["allowed"]
-    words = allowed and isinstance(allowed[0], str)
-    for kind in kinds:  # the first that fits
-        with suppress(ValueError, KeyError, TypeError):
-            value = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
-            if not allowed or (value in allowed if words else value == "auto" or allowed[0] <= value <= allowed[1]):
-                return value
-    limits = f" from {allowed[0]:g} to {allowed[1]:g}" if allowed and not words else ""
-    expected = ", ".join(map(str, allowed)) if words else {int: "a whole number", float: "a number"}.get(kinds[0], "true or false") + limits
-    raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")
+    kind, choices, limits = str if f.type is tuple else (*get_args(f.type), f.type)[0], f.metadata["choices"], f.metadata["limits"]
+    with suppress(ValueError, KeyError):
+        value = word if word == f.default else {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+        if value == f.default or (value in choices if choices else not limits or limits[0] <= value <= limits[1]):
+            return value
+    expected = {int: "a whole number", float: "a number"}.get(kind, "true or false") + (" from {:g} to {:g}".format(*limits) if limits else "")
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected {', '.join(map(str, choices)) or expected}")
 
 def make_config(given):
     """A checked Config from the flags that were typed: they win over the recipe, the recipe over the defaults."""
@@ -152,12 +135,11 @@ def make_config(given):
         cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
-    base_lr = 2e-3 if cfg.optimizer == "muon" else 1e-3  # at width 768
-    cfg.lr = base_lr * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
+    cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected a width of an even number for each head, and an even ffn_width")
+        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected an even width for each head, and an even ffn_width")
     return cfg
 
 # ---------------------------------------------------------------------------------------- the machine
@@ -174,11 +156,11 @@ def choose_device(cfg):
         fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
-    cpu, flags = Path("/proc/cpuinfo"), {"amx_bf16", "avx512_bf16", "bf16"}
-    on_cpu = device.type == "cpu" and cpu.exists() and flags & set(cpu.read_text().split())
-    if on_cpu or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
-        return device, "bf16", "native here"
-    return device, *(("fp16", "with loss scaling") if device.type == "cuda" else ("fp32", "no native bf16 here"))
+    if device.type == "cuda":
+        return device, *(("bf16", "native here") if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp16", "with loss scaling"))
+    cpu = Path("/proc/cpuinfo")
+    native = device.type == "cpu" and cpu.exists() and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu.read_text().split())
+    return device, *(("bf16", "native here") if native else ("fp32", "no native bf16 here"))
 
 def time_of(work, device, repeats=3):
     """Seconds that work() takes on the device, after a first call that warms up (and compiles)."""
@@ -201,28 +183,7 @@ def autocast(device, dtype):
     """The context in which matrix products run in `dtype`; weights, norms and the loss stay in fp32 [4.1]."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
 
-# ------------------------------------------------------------------------------------------ tokenizer
-SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
-# What may become a token of the normalised text: a contraction, a word, up to three digits or other characters, each
-# with the space before it. The bounds keep a million times the same letter from being one word, which would take for ever.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
-CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
-
-def normalise(text):
-    """The paper's normalisation [4.4]: NFD, lower case, no accents, ASCII only, runs of white space folded."""
-    if not text.isascii():  # NFD cuts an accent off its letter and split() knows all spaces; then ASCII drops the rest
-        text = " ".join(unicodedata.normalize("NFD", text).split())
-    return " ".join(text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode().split())
-
-def load_tokenizer(text, pattern=PATTERN):
-    """A tiktoken.Encoding from the text of a tokenizer.tiktoken file: base64 token, space, rank on each line."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
-    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    return tiktoken.Encoding("cram", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-
 # ---------------------------------------------------------------------------------------------- model
-PLAIN_ATTENTION = 256  # tokens in a row
-
 class Block(nn.Module):
     """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
     def __init__(self, cfg):
@@ -239,7 +200,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, S, W / heads)
         if rotation is not None:
             q, k = rotate(q, rotation[:, :S]), rotate(k, rotation[:, :S])
-        if x.device.type == "cpu" and S <= PLAIN_ATTENTION:  # here the plain formula is a fifth faster, compiled a third
+        if x.device.type == "cpu" and S <= 256:  # in bf16 the plain formula is a fifth faster here, compiled a third
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             a = scores.softmax(-1).to(v.dtype) @ v  # not causal: each position sees all
@@ -251,7 +212,6 @@ class Block(nn.Module):
         value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner width) each
         return self.dropout(self.ffn_out(value * F.gelu(gate)))
     def forward(self, x, mask, rotation):
-        """As attention."""
         if self.pre_norm:  # [4.2]: stable at higher learning rates
             x = x + self.attention(self.attn_norm(x), mask, rotation)
             return x + self.feed_forward(self.ffn_norm(x))
@@ -306,14 +266,14 @@ class Model(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     def flops_per_token(self):
         """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a layer of attention."""
-        c = self.cfg
-        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        c, weights = self.cfg, sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
         decoder = mask_counts(c, self.seq_len)[0] / self.seq_len * self.vocab_size * c.width
         return 6 * (weights + decoder) + 12 * c.layers * c.width * self.seq_len
 
 # ------------------------------------------------------------------------------------- data and masks
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")
-DATA_FORMAT, CHECKPOINT_FORMAT = 1, 2
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
+DATA_FORMAT, CHECKPOINT_FORMAT = 1, 3
 
 def sha256(path):
     """Hex SHA-256 of a file."""
@@ -321,15 +281,13 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def load_data(folder):
-    """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by
-    prepare_data.py; rows are memory-mapped uint16 arrays (rows, seq_len); checksums are checked."""
+    """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by prepare_data.py,
+    with its checksums checked; rows are memory-mapped uint16 arrays (rows, seq_len)."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        expected = {name: meta["files"][name]["sha256"] for name in FILES if meta["format"] == DATA_FORMAT}
+        expected = {name: {DATA_FORMAT: meta["files"][name]["sha256"]}[meta["format"]] for name in FILES}
     except (OSError, ValueError, KeyError, TypeError):
-        expected = {}
-    if not expected:
         fail(f"{folder} is no finished data folder (its meta.json is missing, or of another version): {again}")
     for name in FILES:
         if not (folder / name).is_file() or sha256(folder / name) != expected[name]:
@@ -339,8 +297,7 @@ def load_data(folder):
 
 def mask_counts(cfg, seq_len):
     """How many tokens of any row are (predicted, shown as [MASK], shown as a random token) [4.3]."""
-    count = max(1, round(cfg.mask_rate * seq_len))
-    masked = round(cfg.mask_share * count)
+    masked = round(cfg.mask_share * (count := max(1, round(cfg.mask_rate * seq_len))))
     return count, masked, round((cfg.mask_share + cfg.random_share) * count) - masked
 
 def uniform(seed, reads, count):
@@ -367,11 +324,10 @@ def mask_rows(rows, reads, cfg, vocab_size):
 def row_at(read, total, planned, cfg):
     """Which of `total` rows is the `read`-th that a run reads, if it expects to read `planned`."""
     # The first pass keeps the order on disk [4.4]: all of it, or rows evenly from all of it. Later ones are shuffled.
-    length = 0 if cfg.shuffle else min(total, planned)  # rows in that first pass
-    if read < length:
-        return read * total // length
-    number, place = divmod(read - length, total)
-    return shuffled(total, cfg.seed, number)[place]
+    first = 0 if cfg.shuffle else min(total, planned)
+    if read < first:
+        return read * total // first
+    return shuffled(total, cfg.seed, (read - first) // total)[(read - first) % total]
 
 @lru_cache(maxsize=2)
 def shuffled(total, seed, number):
@@ -381,8 +337,7 @@ def shuffled(total, seed, number):
 def next_batch(rows, run, cfg, vocab_size, device, reads):
     """mask_rows of the rows that a run reads as its `reads`, a range of numbers, on the device."""
     tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg) for read in reads]].astype(np.int64))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory()  # so that the copy to the GPU does not wait for its work
+    tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # so that the copy does not wait for the GPU's work
     torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # of dropout: a resumed run draws the same
     return mask_rows(tokens.to(device, non_blocking=True), torch.arange(reads[0], reads[-1] + 1, device=device), cfg, vocab_size)
 
@@ -447,7 +402,6 @@ class Run:
     loss_sum: float = 0.0  # of the steps since the last row of the log ...
     loss_count: int = 0  # ... and how many they are
     planned_rows: int = 2**62  # that the budget was expected to buy, at the start
-    planned_evals: int = 0
     skipped: int = 0  # steps whose loss or gradient was not finite
     reserve: float = 0.0  # seconds kept for the last evaluation and save
 
@@ -475,8 +429,7 @@ def load_checkpoint(folder):
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(state["format"])
+        state = {CHECKPOINT_FORMAT: state}[state["format"]]  # no other
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         instead = f"mv {previous} {path} takes the one before it" if path != previous and previous.is_file() else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")
@@ -484,16 +437,16 @@ def load_checkpoint(folder):
 
 def load_model(folder, trained=True, **overrides):
     """(Model, tokenizer, state) from the checkpoint in `folder` alone; trained=False: with new, random weights."""
+    from prepare_data import load_tokenizer  # not at the top, for it imports this file
     state = load_checkpoint(folder)
     model = Model(Config(**{**state["config"], **overrides}), state["meta"]["vocab_size"], state["meta"]["seq_len"])
-    if trained:
-        model.load_state_dict(state["model"])
+    model.load_state_dict(state["model"] if trained else model.state_dict())
     return model, load_tokenizer(state["tokenizer"], state["meta"]["pattern"]), state
 
 def read_log(path):
-    """The rows of log.csv, each {column: text}: whole ones, for a power cut or a full disk may leave a piece of one."""
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS)]
+    """The rows of a log.csv, each {column: text}: whole ones, for a power cut or a full disk may leave a piece of one."""
+    header, *rows = [line.split(",") for line in Path(path).read_text().splitlines()] or [()]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) == len(header)]
 
 def open_log(path, step):
     """log.csv, open for appending behind its header and its rows up to `step`: where a resumed run goes on."""
@@ -501,42 +454,80 @@ def open_log(path, step):
     write_whole(path, lambda file: file.write("".join(",".join(row) + "\n" for row in (COLUMNS, *rows)).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
 
-SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="sans-serif" font-size="13">
-<style>text{fill:#333} .paper{fill:#fff} .c0{stroke:#1f6fb4} .c1{stroke:#d4600c} .c2{stroke:#777}
-@media (prefers-color-scheme: dark) {
-text{fill:#ddd} .paper{fill:#161b22} .c0{stroke:#6cb2f5} .c1{stroke:#ffa05c} .c2{stroke:#aaa}}
-path{fill:none;stroke-width:1.6;stroke-linecap:round} .grid{stroke:#8884} .dash{stroke-dasharray:6 4} .dots{stroke-width:7}</style>\
-<rect class="paper" width="720" height="400"/>"""
+SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {0}" font-family="sans-serif" font-size="13">
+<style>text{{fill:#333}} .paper{{fill:#fff}} @media (prefers-color-scheme: dark) {{text{{fill:#ddd}} .paper{{fill:#161b22}}}}
+path{{fill:none;stroke-linecap:round;stroke-width:1.5}} .grid{{stroke:#8883;stroke-width:1}} .dash{{stroke-dasharray:6 4}}
+.line{{stroke-width:1;opacity:.7}} .dots{{stroke-width:7}}</style><rect class="paper" width="900" height="{0}"/>"""
+COLOURS = ("#3b8eea", "#e0791f", "#2fa35b", "#e5484d", "#a06cd5", "#1aa6a6", "#d65f9e", "#888888")  # the last: levels
+AXES = {"exaflops": ("exaFLOP", 1), "tokens": ("tokens, millions", 1e-6), "seconds": ("seconds", 1)}
 
-def draw_curves(path, curves, x_label):
-    """Writes an SVG of curves, each (label, [(x, loss in nats), ...], style): line, dots, or dash for one level."""
-    points = [point for _, pairs, _ in curves for point in pairs]
-    x_max, ys = max(x for x, _ in points) or 1, [y for _, y in points]
-    unit = 0.5 if max(ys) - min(ys) <= 3 else 1
-    low, high = unit * math.floor(min(ys) / unit), unit * math.ceil(max(ys) / unit + 1e-3)
-    def at(x, y):
-        return f"{60 + 640 * x / x_max:.1f} {350 - 310 * (y - low) / (high - low):.1f}"
-    out = [SVG_HEAD, f'<text x="380" y="391" text-anchor="middle">{x_label}</text><text x="22" y="18">nats</text>']
-    for y in np.arange(low, high + 0.1, unit):
-        height = at(0, y).split()[1]
-        out.append(f'<path class="grid" d="M60 {height}H700"/><text x="22" y="{float(height) + 4}">{y:g}</text>')
-    for x in np.linspace(0, x_max, 5):
-        out.append(f'<text x="{at(x, 0).split()[0]}" y="370" text-anchor="middle">{x:.3g}</text>')
-    for i, (label, pairs, style) in enumerate(curves):
-        pairs = [(0, pairs[0][1]), (x_max, pairs[0][1])] if style == "dash" else pairs
-        line = "M" + ("h0M" if style == "dots" else "L").join(at(*pair) for pair in pairs) + "h0"
-        key = f"M540 {30 + 20 * i}h0" if style == "dots" else f"M530 {30 + 20 * i}h20"
-        out += [f'<path class="c{i % 3} {style}" d="{d}"/>' for d in (line if pairs else "", key)]
-        out.append(f'<text x="558" y="{34 + 20 * i}">{label}</text>')
-    write_whole(path, lambda file: file.write("\n".join([*out, "</svg>\n"]).encode()))
+def draw(path, series, x_label, log):
+    """Writes an SVG of `series`, each (label or "", colour, style: line, dots or dash, [(x, loss in nats), ...]); log: is x?"""
+    xs, ys = zip(*(pair for *_, pairs in series for pair in pairs), strict=True)
+    left, right, low, high = min(xs) if log else 0, max(xs) + 1e-9, min(ys) - 0.05, max(ys) + 0.05
+    def across(x):
+        return round(50 + 580 * (math.log(x / left) / math.log(right / left) if log else x / right), 1)
+    def up(y):
+        return round(360 - 348 * (y - low) / (high - low), 1)
+    out, key = [f'<text x="340" y="400" text-anchor="middle">{x_label}</text><text x="10" y="16">nats</text>'], 10
+    for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
+        out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y) + 4}" text-anchor="end">{y:.4g}</text>')
+    numbers = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
+    for x in [x for x in numbers if left <= x <= right] if log else np.arange(0, right, min(x for x in numbers if 9 * x > right)):
+        out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text x="{across(x)}" y="378" text-anchor="middle">{x:.4g}</text>')
+    for label, colour, style, pairs in series:
+        line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
+        if label:
+            key += 20
+            line = f"652 {key}h20" + f"M{line}" * bool(pairs)
+            out.append(f'<text x="682" y="{key + 4}">{escape(label)}</text>')
+        out.append(f'<path class="{style}" stroke="{COLOURS[colour]}" d="M{line}h0"/>')
+    write_whole(path, lambda file: file.write("\n".join((SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n")).encode()))
 
-def draw_run(folder, unigram):
-    """folder/curve.svg from the rows of folder/log.csv, if there are any yet."""
-    rows = read_log(folder / "log.csv")
-    curves = [(label, [(float(row["tokens"]) / 1e6, float(row[name])) for row in rows if row[name] not in ("", "nan")], style)
-              for label, name, style in (("training", "train_loss", "line"), ("validation", "val_loss", "dots"))]
-    if rows:
-        draw_curves(folder / "curve.svg", [*curves, ("unigram model", [(0, unigram)], "dash")], "tokens, millions")
+def power_law(points):
+    """([(C, L), ...], (L0, a, b)): the lower envelope of `points` and L = L0 + a C^-b, L0 >= 0, through it by least
+    squares; None for the law if the envelope has fewer than four points."""
+    points, fits = sorted(points), []
+    envelope = [(c, loss) for i, (c, loss) in enumerate(points) if all(loss < lower for _, lower in points[:i])]
+    for b in np.geomspace(0.01, 3, 600) if len(envelope) >= 4 else ():  # given b, the rest is linear
+        c, loss = np.array(envelope).T
+        power = (c / c[-1]) ** -b
+        floor, a = np.linalg.lstsq(np.stack((np.ones_like(c), power), 1), loss)[0]
+        floor, a = (floor, a) if floor >= 0 else (0.0, power @ loss / (power @ power))
+        fits.append((((floor + a * power - loss) ** 2).sum(), floor, a * c[-1] ** b, b))
+    return envelope, min(fits)[1:] if fits else None
+
+@dataclass
+class Plot:
+    """The settings of `plot`."""
+    to: str = opt("curves.svg", "the picture to write")
+    x: str = opt("exaflops", "what a run has spent", *AXES)
+    log: bool = opt(True, "logarithmic x axis")
+    unigram: float = opt(0.0, "level of the unigram line in nats; 0: from checkpoint.pt beside the logs", 0, 100)
+
+def plot(outs, ask):
+    """Draws the losses of the runs `outs` (folders, log.csv files, or folders of such) against what they have spent: a
+    colour each, dots for validation; the training curve where an out is one run. Returns a line on the power law."""
+    series, points, levels = [], [], {ask.unigram} - {0.0}
+    for i, out in enumerate(outs):
+        paths = sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
+        logs, (label, unit) = [read_log(path) for path in paths], AXES[ask.x]
+        training, validation = ([(float(row[ask.x]) * unit, float(row[name])) for rows in logs for row in rows if float(row[ask.x])
+                                 and row[name] not in ("", "nan")] for name in ("train_loss", "val_loss"))
+        if not training + validation:
+            fail(f"{out} has no log with a loss: expected a run's folder, its log.csv, or a folder of such")
+        series += [("", i % 7, "line", training)] * (len(logs) == 1) + [(str(out), i % 7, "dots", validation)]
+        points += validation
+        folders = {path.parent for path in paths if not ask.unigram and (path.parent / "checkpoint.pt").exists()}
+        levels |= {load_checkpoint(folder)["meta"]["unigram_nats"] for folder in folders}
+    xs = [x for *_, pairs in series for x, _ in pairs]
+    series += [(f"unigram model {level:.3f}", 7, "dash", [(min(xs), level), (max(xs), level)]) for level in sorted(levels)]
+    envelope, law = power_law(points)
+    text = "L = {:.3g} + {:.3g} C^-{:.3g}".format(*law) if law else "a power law needs four"
+    if law and ask.log:
+        series.append((text, 7, "dash", [(c, law[0] + law[1] * c ** -law[2]) for c in np.geomspace(envelope[0][0], envelope[-1][0], 50)]))
+    draw(ask.to, series, label, ask.log)
+    return f"{ask.to}: {len(points)} validation losses, {len(envelope)} on the lower envelope: {text}"
 
 # ---------------------------------------------------------------------------------------------- train
 def resume_config(given):
@@ -552,24 +543,42 @@ def resume_config(given):
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
     return cfg, state
 
-def make_optimizers(model, cfg):
-    """[AdamW], or [Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest]. Matrices decay, norms and
-    biases do not [4.3]. A group's `peak` is its highest learning rate."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
-    taken = set(map(id, matrices))
-    rest = [[p for p in model.parameters() if id(p) not in taken and (p.ndim >= 2) == decays] for decays in (True, False)]
-    groups = [{"params": ps, "weight_decay": decay, "peak": cfg.lr} for ps, decay in zip(rest, (cfg.weight_decay, 0.0), strict=True)]
-    muon = [{"params": matrices, "weight_decay": cfg.weight_decay, "peak": cfg.muon_lr}]
-    return [torch.optim.Muon(muon)] * bool(matrices) + [torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)]
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices: steps by the momentum with its singular values made about 1. As
+    torch.optim.Muon, but in fp32 where there is no bf16: a CPU that has to emulate bf16 takes ten times as long for it."""
+    def __init__(self, params, peak, weight_decay, dtype):
+        super().__init__([{"params": params, "peak": peak, "weight_decay": weight_decay}], {})
+        self.dtype = dtype
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            x, tall = p.grad.lerp(momentum, 0.95).to(self.dtype), p.shape[0] > p.shape[1]
+            x = (x.mT if tall else x) / x.norm().clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz: an odd polynomial of x is that polynomial of its singular values
+                xx = x @ x.mT
+                x = 3.4445 * x + (2.0315 * xx @ xx - 4.775 * xx) @ x
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(x.mT if tall else x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+def make_optimizers(model, cfg, dtype):
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest]; `peak` is a group's highest learning rate."""
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if p not in set(blocks)]
+    groups = [{"params": [p for p in rest if (p.ndim >= 2) == decays], "weight_decay": cfg.weight_decay * decays, "peak": cfg.lr}
+              for decays in (True, False)]  # matrices decay, norms and biases do not [4.3]
+    adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+    return [Muon(blocks, cfg.muon_lr, cfg.weight_decay, torch.bfloat16 if dtype == "bf16" else torch.float32), adamw] if blocks else [adamw]
 
 def build(cfg, vocab_size, seq_len, device, dtype):
     """(model, the same compiled if asked for, optimisers, fp16's loss scaler): what accumulate and update need."""
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
-    can_compile = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
-    compiled = can_compile if cfg.compile == "auto" else cfg.compile
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    return model, forward, make_optimizers(model, cfg), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    able = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
+    asked = able if cfg.compile == "auto" else cfg.compile
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if asked else model
+    return model, forward, make_optimizers(model, cfg, dtype), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
     """Adds to .grad the gradient of the mean loss over `rows` rows, at most `micro` at a time; returns (loss, micro).
@@ -610,10 +619,9 @@ def update(optimizers, scaler, share, finite):
 
 def agreed(values, world, device):
     """The numbers `values` as rank 0 has them."""
-    if world == 1:
-        return values
-    dist.broadcast(box := torch.tensor(values, dtype=torch.float64, device=device), 0)
-    return box.tolist()
+    if world > 1:
+        dist.broadcast(box := torch.tensor(values, dtype=torch.float64, device=device), 0)
+    return box.tolist() if world > 1 else values
 
 def sum_over_ranks(model, loss):
     """Replaces the gradient and the loss by their sums over all processes."""
@@ -623,9 +631,8 @@ def sum_over_ranks(model, loss):
     dist.all_reduce(loss)
 
 def train(given):
-    """Trains within a budget and returns the last validation loss in nats; `given`: the flags that were typed.
-    One clock: it starts before the first batch is read, and compilation, evaluation and checkpoints count. Progress
-    p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2]."""
+    """Trains within a budget and returns the last validation loss in nats; `given`: the flags that were typed. Progress
+    p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2]; one clock counts everything below."""
     cfg, state = resume_config(given) if given.get("resume") else (make_config(given), None)
     out, (amount, unit), (device, dtype, reason) = Path(cfg.out), parse_budget(cfg.budget), choose_device(cfg)
     if not state and not cfg.overwrite and any(out.glob("checkpoint*.pt")):
@@ -635,11 +642,11 @@ def train(given):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = None if rank else sys.stdout  # rank 0 speaks for all
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists() and rank == 0:
-        import prepare_data  # not at the top, for it imports this file
+        import prepare_data
         print(f"{cfg.data} is not there yet: preparing the embedded corpus", flush=True)
         prepare_data.main(["--out", cfg.data])
     agreed([0], world, device)  # the others wait for rank 0
-    meta, ranks, train_rows, val_rows = load_data(cfg.data)
+    meta, vocabulary, train_rows, val_rows = load_data(cfg.data)
     if state and state["meta"]["files"] != meta["files"]:
         fail(f"cannot resume: {cfg.data} is not the data that this run was trained on; name its folder with --data")
     vocab_size, seq_len, unigram = meta["vocab_size"], meta["seq_len"], meta["unigram_nats"]
@@ -678,32 +685,32 @@ def train(given):
     def save():
         """Writes the checkpoint and the picture; returns the seconds that it took."""
         run.seconds = elapsed()
-        now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta, "tokenizer": ranks,
+        now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta, "tokenizer": vocabulary,
                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
                "versions": {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}}
         if rank == 0:
             guarded(write_whole, out / "checkpoint.pt", lambda file: torch.save(now, file), True)
-            guarded(draw_run, out, unigram)
+            if run.logged:  # there is something to draw
+                guarded(plot, [out], Plot(f"{out}/curve.svg", "tokens", log=False, unigram=unigram))
         return elapsed() - run.seconds
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but in fp16
     else:
         speed, left = 0.0, amount
         if unit == "seconds":  # what will they buy? A few passes, whose gradients are thrown away, tell
             rows = min(cfg.micro_batch, 128 if device.type == "cuda" else 32) * world
             speed = rows * seq_len / time_of(lambda: gradient(rows), device)
             model.zero_grad()
-            evaluation = len(val) * time_of(lambda: evaluate(model, val[:1], device, dtype), device)
-            run.reserve = min(evaluation, 0.2 * amount)  # the last evaluation is part of the budget too
+            evaluation = time_of(lambda: evaluate(model, val[:1], device, dtype), device)
+            run.reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
             left = max(1.0, amount - run.reserve - elapsed())
             left, speed, run.reserve = agreed([left, speed, run.reserve], world, device)
         run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token, speed) / seq_len)
-        # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
-        run.planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))
+    # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
+    planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out / "log.csv", run.logged)
@@ -714,46 +721,38 @@ machine  {f"{world} x " * (world > 1)}{device.type}, {dtype} ({reason}), {"eager
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
 budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows
 start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
-    def interrupt(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one is noted, a second one stops at once
+        signal.signal(number, lambda number, _: signals.append(signal.signal(number, signal.SIG_DFL) and number))
     p, stop = progress()
     saving = save()  # shows that the folder can be written, and how long it takes: the end makes two
-    if not state and unit == "seconds":
-        run.reserve = min(run.reserve + 2 * saving, 0.5 * amount)
+    run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve
     saved, shown, last_seconds, last_reads, not_finite = p, (-1.0, 0.0), elapsed(), run.reads, 0
     while True:
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
-        evals = int(p * (run.planned_evals + 1))
+        evals = int(p * (planned_evals + 1))
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
-        since = elapsed() - run.seconds
-        often = since >= 600 or p >= saved + 0.05 or evaluation_due  # so that a failure in it loses nothing
-        if p >= 1 or stop or (often and since >= 100 * saving):  # saving takes 1% at most
+        often = elapsed() >= run.seconds + 600 or p >= saved + 0.05 or evaluation_due  # so that a failure in it loses nothing
+        if p >= 1 or stop or (often and elapsed() >= run.seconds + 100 * saving):  # saving takes 1% at most
             saving, saved = save(), p
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
             seconds, tokens, lr = elapsed(), run.reads * seq_len, cfg.lr * lr_at(p, cfg)
             speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds + 1e-9)
-            row = {"step": run.step, "seconds": round(seconds, 2), "progress": p, "tokens": tokens,
-                   "exaflops": tokens * flops_per_token / 1e18, "lr": lr, "batch_rows": run.batch_rows,
-                   "train_loss": run.loss_sum / (run.loss_count or math.nan), "val_loss": run.val_loss if evaluation_due else "",
-                   "grad_norm": run.grad_norm, "tokens_per_s": round(speed),
-                   "mfu": round(speed * flops_per_token / (machine_rate * world), 4)}
+            loss = run.loss_sum / (run.loss_count or math.nan)
+            row = (run.step, round(seconds, 2), p, tokens, tokens * flops_per_token / 1e18, lr, run.batch_rows, loss,
+                   run.val_loss if evaluation_due else "", run.grad_norm, round(speed),
+                   round(speed * flops_per_token / (machine_rate * world), 4))
             if rank == 0:
-                guarded(log.write, ",".join(str(row[name]) for name in COLUMNS) + "\n")
+                guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
                 shown = p, seconds
                 left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
-                measured = f"val {run.val_loss:.3f}  " if evaluation_due else ""
-                print(f"{p:6.1%}  step {run.step}  loss {row['train_loss']:.3f}  {measured}lr {lr:.1e}  batch {run.batch_rows}  "
-                      f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
+                print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}  {f'val {run.val_loss:.3f}  ' if evaluation_due else ''}lr {lr:.1e}  "
+                      f"batch {run.batch_rows}  {speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
         if stop or p >= 1:
             break
-
         run.batch_rows = batch_at(p, cfg)
         loss = gradient(run.batch_rows)
         if world > 1:
@@ -777,9 +776,9 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     if not run.step:
         fail(f"the budget of {cfg.budget} was spent before the first step: give a larger one, and --overwrite")
     save()
-    skips = f" ({run.skipped} steps skipped: not finite)" if run.skipped else ""
     print(f"finished {run.step} steps, {run.reads * seq_len / 1e6:.3g} M tokens, {elapsed():.1f} s: validation loss "
-          f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line{skips}\n"
+          f"{run.val_loss:.3f} nats, {unigram - run.val_loss:.3f} under the unigram line"
+          f"{f' ({run.skipped} steps skipped: not finite)' if run.skipped else ''}\n"
           f'try      python cram.py fill {out} "a [MASK] of words."')
     if failures:
         fail(f"{len(failures)} times a file could not be written ({failures[-1]}): make room, then --resume --out {out}")
@@ -788,6 +787,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
 # ------------------------------------------------------------------------------------------- commands
 def fill(folder, text, top=5):
     """For every [MASK] in `text`, its `top` most likely tokens: a list of lists of (token's text, probability)."""
+    from prepare_data import normalise
     model, tokenizer, _ = load_model(folder, dropout=0.0)
     sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
@@ -817,12 +817,11 @@ def bench(given):
     def step(load):
         loss, _ = accumulate(forward, load, [range(size)], size, size, scaler, device, dtype)
         update(optimizers, scaler, 0.1, math.isfinite(sum(measure(model, optimizers, scaler, cfg, loss))))
-    times = [(time_of(lambda: step(load), device), time_of(lambda: step(lambda _: ready), device),
-              1e12 / matmul_rate(device, dtype)) for _ in range(5)]
-    whole, bare, per_tflop = np.median(times, axis=0)
+    whole, bare, per_tflop = np.median([(time_of(lambda: step(load), device), time_of(lambda: step(lambda _: ready), device),
+                                         1e12 / matmul_rate(device, dtype)) for _ in range(5)], axis=0)
     tflops = size * seq_len * model.flops_per_token() / whole / 1e12
-    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0"  # not known elsewhere
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * int(status.split("VmHWM:")[1].split()[0])
+    peak = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()) if sys.platform == "linux" else [math.nan]
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * float(*peak)
     print(f"""model    {cfg.recipe} {cfg.size}, {model.flops_per_token() / 1e6:.1f} MFLOP a token, {size} rows of {seq_len} tokens
 machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}; {memory / 1e9:.2f} GB at most
 speed    {size * seq_len / whole:.0f} tokens/s, {tflops:.3g} TFLOP/s, MFU {tflops * per_tflop:.1%} of {1 / per_tflop:.3g} TFLOP/s
@@ -838,11 +837,14 @@ def main(argv=None):
             fail(f"{error}: what checkpoint.pt held before is kept")
         except KeyboardInterrupt:  # before the loop, which catches the first one
             raise SystemExit(130) from None
+    elif command == "plot" and rest and not rest[0].startswith("--"):
+        outs = list(takewhile(lambda word: not word.startswith("-"), rest))
+        print(plot(outs, Plot(**parse_flags(Plot, rest[len(outs):], plot.__doc__))))
     elif command == "fill" and len(rest) == 2:
         for i, answers in enumerate(fill(*rest), 1):
             print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))
     else:
-        fail(f'{" ".join(argv)!r} is not understood: expected train or bench and flags, or fill OUT "a text with a [MASK]."')
+        fail(f'{" ".join(argv)!r} is not understood: expected train, bench, plot OUT ... or fill OUT "a text with a [MASK]."')
 
 if __name__ == "__main__":
     main()

@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import cram
-from cram import autocast, choose_device, fail, load_model, normalise, opt, parse_flags, sha256, show
-from prepare_data import BadInput, download
+from cram import autocast, choose_device, fail, load_model, opt, parse_flags, sha256
+from prepare_data import BadInput, download, normalise, show
 
 # ------------------------------------------------------------------------------------------- the tasks
 

@@ -26,6 +26,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -37,9 +38,10 @@ from pathlib import Path
 
 import numpy as np
 import requests
+import tiktoken
 
 import cram
-from cram import FILES, PATTERN, SPECIALS, fail, load_tokenizer, normalise, opt, parse_flags, sha256, show
+from cram import FILES, SPECIALS, fail, opt, parse_flags, sha256
 
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
 MIN_CHARS = 20  # a shorter document teaches nothing about context
@@ -69,6 +71,11 @@ class Options:
 
 class BadInput(Exception):
     """A sentence about input that cannot be used; raised anywhere, also in a worker, shown to the user by main."""
+
+def show(text):
+    """A line on a terminal that the next one replaces; nothing in a log file."""
+    if sys.stdout.isatty():
+        print(f"\r{text[: os.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
 def check_options(options):
     """Fills in what depends on the source."""
@@ -237,6 +244,23 @@ def parallel(function, items, workers):
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
+
+# What may become a token of the normalised text: a contraction, a word, up to three digits or other characters, each
+# with the space before it. The bounds keep a million times the same letter from being one word, which would take for ever.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
+CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
+
+def normalise(text):
+    """The paper's normalisation [4.4]: NFD, lower case, no accents, ASCII only, runs of white space folded."""
+    if not text.isascii():  # NFD cuts an accent off its letter and split() knows all spaces; then ASCII drops the rest
+        text = " ".join(unicodedata.normalize("NFD", text).split())
+    return " ".join(text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode().split())
+
+def load_tokenizer(text, pattern=PATTERN):
+    """A tiktoken.Encoding from the text of a tokenizer.tiktoken file: base64 token, space, rank on each line."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
+    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    return tiktoken.Encoding("cram", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 def count_words(chunk):
     """How often each word (a piece of PATTERN) occurs in a chunk's normalised text."""
