@@ -1592,20 +1592,77 @@ def readme_commands():
     return [w for w in words if w[:1] == ["python"]]
 
 
-def test_the_commands_of_the_readme_parse():
+README = (HERE / "README.md").read_text()
+
+
+def test_the_commands_of_the_readme_run(tmp_path, data, monkeypatch, capsys):
+    """All of them, in their order, in a fresh folder, with small models, budgets and files."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("docs", "c4", "corpus"):
+        os.symlink(data, f"data/{name}")
+    os.symlink(HERE / "assets", "assets")
+    monkeypatch.setitem(SPLITS, "train", 16)
+    write_glue(Path("data/glue"), finetune_glue.TASKS)
+    Path("my_texts").mkdir()
+    rng = random.Random(1)
+    Path("my_texts/a.txt").write_text(" ".join(story(rng, 1000 + i) for i in range(300)))
+    write_jsonl(Path("notes.jsonl"), [story(rng, 2000 + i) for i in range(300)])
     commands = readme_commands()
-    assert {w[1] for w in commands} == {"cram.py", "prepare_data.py", "finetune_glue.py"}
+    assert {words[1] for words in commands} == {"cram.py", "prepare_data.py", "finetune_glue.py"} and len(commands) > 20
     for _, script, *words in commands:
-        if script == "prepare_data.py":
+        if "c4" in words:  # test_c4_is_downloaded_and_prepared runs it
             prepare_data.check_options(prepare_data.Options(**cram.parse_flags(prepare_data.Options, words, "")))
+        elif script == "prepare_data.py":
+            prepare_data.main([*words, *PREPARE])
         elif script == "finetune_glue.py":
-            finetune_glue.Options(**cram.parse_flags(finetune_glue.Options, words, ""))
+            finetune_glue.main([*words, *FAST, "--epochs", "1", "--seeds", "1"])
+        elif words[:1] == ["plot"]:
+            cram.main([*words, "--to", "drawn.svg"])
+            assert xml.etree.ElementTree.parse("drawn.svg")
         elif words[:1] == ["fill"]:
-            assert len(words) == 3 and "[MASK]" in words[2]
+            cram.main(words)
+        elif "--resume" in words:
+            cram.main([*words, "--device", "cpu"])
         else:
-            cram.make_config(cram.parse_flags(cram.Config, words[words[:1] == ["bench"] :], ""))
+            words = [word for word in words if word != "--compile"]  # takes a minute
+            small = [*SMALL, "--size", "tiny", "--mask_rate", "0.25"]
+            cram.main([*words, *small] if words[:1] == ["bench"] else [*words, *small, "--budget", "4steps", "--overwrite"])
+    assert "under the unigram line" in capsys.readouterr().out
 
 
-def test_the_readme_points_at_files_that_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", (HERE / "README.md").read_text()):
+def test_the_readme_points_at_what_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (HERE / target).exists(), target
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.MULTILINE)}
+    assert {a for a in re.findall(r"\]\(#([^)]+)\)", README)} <= anchors | set(re.findall(r'id="([^"]+)"', README))
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 20
+    for name, file, line in links:
+        text = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", text), f"{file}#L{line} is no longer {name}: {text}"
+
+
+def test_the_losses_of_the_readme_are_those_of_its_logs():
+    checked = 0
+    for line in README.splitlines():
+        logs = re.findall(r"\((assets/[^)]+\.csv)\)", line)
+        if not line.startswith("|") or not logs:
+            continue
+        losses = []
+        for log in logs:
+            with open(HERE / log, newline="") as file:
+                losses.append([float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1])
+        for figure in (f"{np.median(losses):.2f}", *[f"({min(losses):.2f} to {max(losses):.2f})"] * (len(losses) > 2)):
+            assert figure in line, (figure, line)
+        checked += 1
+    assert checked > 30
+
+
+def test_the_messages_that_the_readme_explains_exist():
+    source = "".join((HERE / name).read_text() for name in ("cram.py", "prepare_data.py", "finetune_glue.py"))
+    table = README[README.index("| the message says |") : README.index("## Tests")]
+    fragments = [part for row in table.splitlines()[2:] if row.startswith("|") for part in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(fragments) > 15
+    for fragment in set(fragments) - {"unrecognized arguments"}:  # argparse's
+        assert fragment in source, fragment
