@@ -24,12 +24,9 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from html import escape
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from shutil import which
-from typing import get_args
 
 import numpy as np
 import torch
@@ -38,11 +35,14 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# ------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------ settings, the machine
 def opt(default, help, *allowed, group=None):
-    """A field that is also a flag: default, help, lowest and highest value or choices, and a title that -h puts above."""
+    """A field that is also a flag: default, help, lowest and highest value or choices, and a title above it in -h."""
     kind = "choices" if allowed and isinstance(allowed[0], str) else "limits"
     return field(default=default, metadata={"help": help, "group": group, "choices": (), "limits": (), kind: allowed})
+
+SIZES = {"tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (6, 512, 8, 2048),
+         "base": (16, 768, 12, 3072), "large": (24, 1024, 16, 4096)}  # layers, width, heads, ffn_width
 
 @dataclass
 class Config:
@@ -55,9 +55,9 @@ class Config:
     seed: int = opt(0, "seed of the weights, the masks, dropout and the random row orders", 0, 2**31)
     device: str = opt("auto", "auto, cuda, mps or cpu", group="the machine [4.1]")
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
-    compile: bool | str = opt("auto", "torch.compile the model, on a GPU if auto", "auto", True, False)
-    size: str = opt("auto", "base on a GPU and tiny on a CPU if auto", "auto", "tiny", "mini", "small", "base", "large", group="the shape [4.2]")
-    recipe: str = opt("modern", "a set of values for the settings below, whose defaults here are cram's", "bert", "cram", "modern")
+    compile: bool = opt("auto", "torch.compile the model, on a GPU if auto", "auto", True, False)
+    size: str = opt("auto", "base on a GPU, tiny on a CPU", "auto", *SIZES, group="the shape [4.2]")
+    recipe: str = opt("modern", "values for the fields below, whose defaults are cram's", "bert", "cram", "modern")
     layers: int = opt(0, "transformer blocks; 0: from size (base: 16)", 0, 1000)
     width: int = opt(0, "hidden width; 0: from size (base: 768)", 0, 2**16)
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
@@ -71,21 +71,21 @@ class Config:
     zero_init: bool = opt(False, "output matrices of attention and feed-forward start at 0")
     dropout: float = opt(0.0, "on embedding, attention and feed-forward outputs [4.3]", 0, 0.99)
     init_std: float = opt(0.02, "standard deviation of the normal that fills every matrix at the start", 0, 1)
-    mask_rate: float = opt(0.25, "share of positions to predict, the same number in every row", 0.001, 1, group="the objective [4.3]")
+    mask_rate: float = opt(0.25, "share of positions to predict in every row", 0.001, 1, group="the objective [4.3]")
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...", 0, 1)
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is", 0, 1)
-    optimizer: str = opt("adamw", "muon takes the blocks' matrices and leaves the rest to adamw", "adamw", "muon", group="the optimiser [4.3]")
+    optimizer: str = opt("adamw", "muon: for the blocks' matrices only", "adamw", "muon", group="the optimiser [4.3]")
     muon_lr: float = opt(0.02, "peak learning rate of Muon", 1e-9, 10)
-    lr: float | str = opt("auto", "peak learning rate of AdamW; auto: from width, 1e-3 for cram at base", 1e-9, 10)
+    lr: float = opt("auto", "peak learning rate of AdamW; auto: from width, 1e-3 for cram at base", 1e-9, 10)
     weight_decay: float = opt(0.01, "weight decay of the matrices; norms and biases have none", 0, 10)
     grad_clip: float = opt(0.5, "largest norm of the gradient; 0: no clipping", 0, 1e9)
     lr_start: float = opt(0.25, "share of the peak learning rate at the start", 0, 1)
     warmup: float = opt(0.75, "share of the budget over which the learning rate rises", 0, 1)
     cooldown: float = opt(0.25, "share of the budget over which it falls to 0 at the end", 0, 1)
     micro_batch: int = opt(128, "most rows in one forward and backward pass; a batch is made of such parts", 1, 2**16)
-    batch_size: int | str = opt("auto", "rows in a step after the ramp; auto: 8192 for 1e10 tokens, less for less", 1, 2**24)
+    batch_size: int = opt("auto", "rows in a step after the ramp; auto: 8192 for 1e10 tokens or more", 1, 2**24)
     batch_ramp: float = opt(0.6, "share of the budget in which the batch grows from one micro-batch; 0: none", 0, 1)
-    shuffle: bool = opt(False, "read rows in random order in the first pass too, not as prepare_data.py sorted them [4.4]")
+    shuffle: bool = opt(False, "read rows in random order, not as prepare_data.py sorted them [4.4]")
     val_rows: int = opt(512, "rows of the validation set, masked once at the default rate", 1, 2**24, group="watching")
     log_every: int = opt(10, "steps from one row of log.csv to the next", 1, 2**31)
 
@@ -95,10 +95,8 @@ RECIPES = {  # name: values that differ from Config's defaults; nothing does in 
     "modern": {"positions": "rotary", "norm_bias": False, "zero_init": True, "optimizer": "muon", "lr_start": 0.0,
                "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True},
 }
-SIZES = {"tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (6, 512, 8, 2048),
-         "base": (16, 768, 12, 3072), "large": (24, 1024, 16, 4096)}  # layers, width, heads, ffn_width
 BETAS, EPS = (0.9, 0.98), 1e-12  # AdamW's; LayerNorm has the same epsilon [4.3]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of products; the rest is fp32 [4.1]
 
 def fail(message):
     """Ends the program on a user's mistake: one sentence on stderr, exit code 1, no traceback."""
@@ -107,25 +105,28 @@ def fail(message):
 def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
     style = partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=32)
-    group = parser = argparse.ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=style)
+    group = parser = argparse.ArgumentParser(None, "%(prog)s [flags]", description, allow_abbrev=False, formatter_class=style)
     parser.error = fail
     for f in fields(cls):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        extra = {"nargs": "+"} if f.type is tuple else {"nargs": "?", "const": True} if bool in (f.type, *get_args(f.type)) else {}
-        text = f"{f.metadata['help']} (default: {' '.join(f.default) if f.type is tuple else f.default})".replace("%", "%%")
-        words = "|".join(map(str, f.metadata["choices"])) or f.name.upper()
-        group.add_argument(f"--{f.name}", metavar=words, help=text, default=argparse.SUPPRESS, type=partial(convert, f), **extra)
+        words = {tuple: {"nargs": "+"}, bool: {"nargs": "?", "const": True}}.get(f.type, {})
+        default = " ".join(f.default) if f.type is tuple else f.default
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=partial(convert, f), **words,
+                           metavar="|".join(map(str, f.metadata["choices"])) or f.name.upper(),
+                           help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
     return vars(parser.parse_args(argv))
 
 def convert(f, word):
-    """A word of the command line as a value that the dataclass field `f` allows; raises argparse's error otherwise."""
-    kind, choices, limits = str if f.type is tuple else (*get_args(f.type), f.type)[0], f.metadata["choices"], f.metadata["limits"]
+    """A word of the command line as a value that the field `f` allows, its default always; or else argparse's error."""
+    choices, limits = f.metadata["choices"], f.metadata["limits"]
+    read = {tuple: str, bool: lambda word: {"true": True, "false": False}[word.lower()]}.get(f.type, f.type)
     with suppress(ValueError, KeyError):
-        value = word if word == f.default else {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+        value = word if word == f.default else read(word)
         if value == f.default or (value in choices if choices else not limits or limits[0] <= value <= limits[1]):
             return value
-    expected = {int: "a whole number", float: "a number"}.get(kind, "true or false") + (" from {:g} to {:g}".format(*limits) if limits else "")
-    raise argparse.ArgumentTypeError(f"got {word!r}, expected {', '.join(map(str, choices)) or expected}")
+    expected = ", ".join(map(str, choices)) or {int: "a whole number", float: "a number"}.get(f.type, "true or false")
+    expected += " from {:g} to {:g}".format(*limits) if limits else ""
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")
 
 def make_config(given):
     """A checked Config from the flags that were typed: they win over the recipe, the recipe over the defaults."""
@@ -139,10 +140,9 @@ def make_config(given):
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected an even width for each head, and an even ffn_width")
+        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected even ones, the width even for each head")
     return cfg
 
-# ---------------------------------------------------------------------------------------- the machine
 def choose_device(cfg):
     """(torch.device, dtype name, reason): what was asked for, or what this machine does best."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -156,10 +156,10 @@ def choose_device(cfg):
         fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
-    if device.type == "cuda":
-        return device, *(("bf16", "native here") if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp16", "with loss scaling"))
-    cpu = Path("/proc/cpuinfo")
-    native = device.type == "cpu" and cpu.exists() and {"amx_bf16", "avx512_bf16", "bf16"} & set(cpu.read_text().split())
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return device, "fp16", "with loss scaling"
+    flags = Path("/proc/cpuinfo").read_text().split() if device.type == "cpu" and sys.platform == "linux" else ()
+    native = device.type == "cuda" or {"amx_bf16", "avx512_bf16", "bf16"} & set(flags)
     return device, *(("bf16", "native here") if native else ("fp32", "no native bf16 here"))
 
 def time_of(work, device, repeats=3):
@@ -178,10 +178,6 @@ def matmul_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(DTYPES[dtype])
     return 2 * n**3 / time_of(lambda: a @ a, device, repeats=20)
-
-def autocast(device, dtype):
-    """The context in which matrix products run in `dtype`; weights, norms and the loss stay in fp32 [4.1]."""
-    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
 
 # ---------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
@@ -208,8 +204,8 @@ class Block(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, S, W)))
     def feed_forward(self, x):
-        """x (B, S, width) -> as x. A gate makes it better at equal cost, if the width is not raised to make up for it [4.2]."""
-        value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner width) each
+        """x (B, S, width) -> as x. A gate helps at equal cost, if the width is not raised to make up for it [4.2]."""
+        value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner) each
         return self.dropout(self.ffn_out(value * F.gelu(gate)))
     def forward(self, x, mask, rotation):
         if self.pre_norm:  # [4.2]: stable at higher learning rates
@@ -219,7 +215,7 @@ class Block(nn.Module):
         return self.ffn_norm(x + self.feed_forward(x))
 
 def rotate(x, rotation):
-    """Rotary positions (Su et al., arXiv 2104.09864): turns the pairs (i, i + D/2) of x (..., S, D) by angles (S, D/2)."""
+    """Rotary positions (Su et al., arXiv 2104.09864): turns pairs (i, i + D/2) of x (..., S, D) by angles (S, D/2)."""
     (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -281,8 +277,8 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def load_data(folder):
-    """(manifest, text of the tokenizer file, rows to train on, rows to validate on) of a folder made by prepare_data.py,
-    with its checksums checked; rows are memory-mapped uint16 arrays (rows, seq_len)."""
+    """(manifest, tokenizer file's text, training rows, validation rows) of a data folder, whose checksums are checked;
+    rows are memory-mapped uint16 (rows, seq_len)."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -337,15 +333,16 @@ def shuffled(total, seed, number):
 def next_batch(rows, run, cfg, vocab_size, device, reads):
     """mask_rows of the rows that a run reads as its `reads`, a range of numbers, on the device."""
     tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg) for read in reads]].astype(np.int64))
-    tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # so that the copy does not wait for the GPU's work
+    tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # a copy that waits for nothing
     torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # of dropout: a resumed run draws the same
-    return mask_rows(tokens.to(device, non_blocking=True), torch.arange(reads[0], reads[-1] + 1, device=device), cfg, vocab_size)
+    numbers = torch.arange(reads[0], reads[-1] + 1, device=device)
+    return mask_rows(tokens.to(device, non_blocking=True), numbers, cfg, vocab_size)
 
 @torch.no_grad()
 def evaluate(model, batches, device, dtype):
     """Mean loss in nats over `batches` of (tokens, where, targets): the same rows and masks every time."""
     model.eval()
-    with autocast(device, dtype):
+    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
         total = sum(model(*batch) * len(batch[0]) for batch in batches)
     model.train()
     return total.item() / sum(len(batch[0]) for batch in batches)
@@ -373,7 +370,7 @@ def batch_at(p, cfg):
 
 def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size where it is `auto`; returns the tokens that the budget is to buy.
-    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or there are too few steps to leave the plateau."""
+    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or there are too few steps to leave the line."""
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
         rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
         tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
@@ -406,8 +403,7 @@ class Run:
     reserve: float = 0.0  # seconds kept for the last evaluation and save
 
 def write_whole(path, write, keep=False):
-    """Calls write(file) on a file that replaces `path` once it is whole and on the disk: a kill leaves old or new.
-    keep: the old file stays, as NAME.prev.SUFFIX."""
+    """Calls write(file) on a file that then replaces `path`: a kill leaves old or new. keep: the old one as NAME.prev.X."""
     path, part = Path(path), Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -431,7 +427,8 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
         state = {CHECKPOINT_FORMAT: state}[state["format"]]  # no other
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        instead = f"mv {previous} {path} takes the one before it" if path != previous and previous.is_file() else "use a copy, or train again"
+        other = path != previous and previous.is_file()
+        instead = f"mv {previous} {path} takes the one before it" if other else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")
     return state
 
@@ -444,7 +441,7 @@ def load_model(folder, trained=True, **overrides):
     return model, load_tokenizer(state["tokenizer"], state["meta"]["pattern"]), state
 
 def read_log(path):
-    """The rows of a log.csv, each {column: text}: whole ones, for a power cut or a full disk may leave a piece of one."""
+    """The rows of a log.csv, each {column: text}; a piece of one, as a power cut or a full disk leaves it, is none."""
     header, *rows = [line.split(",") for line in Path(path).read_text().splitlines()] or [()]
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) == len(header)]
 
@@ -455,34 +452,35 @@ def open_log(path, step):
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
 
 SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {0}" font-family="sans-serif" font-size="13">
-<style>text{{fill:#333}} .paper{{fill:#fff}} @media (prefers-color-scheme: dark) {{text{{fill:#ddd}} .paper{{fill:#161b22}}}}
-path{{fill:none;stroke-linecap:round;stroke-width:1.5}} .grid{{stroke:#8883;stroke-width:1}} .dash{{stroke-dasharray:6 4}}
-.line{{stroke-width:1;opacity:.7}} .dots{{stroke-width:7}}</style><rect class="paper" width="900" height="{0}"/>"""
+<style>text{{fill:#333}} rect{{fill:#fff}} @media (prefers-color-scheme: dark) {{text{{fill:#ddd}} rect{{fill:#161b22}}}}
+path{{fill:none;stroke-linecap:round;stroke-width:1.5}} .grid{{stroke:#8883}} .dash{{stroke-dasharray:6 4}}
+.line{{opacity:.7}} .dots{{stroke-width:7}} .mid{{text-anchor:middle}}</style><rect width="900" height="{0}"/>"""
 COLOURS = ("#3b8eea", "#e0791f", "#2fa35b", "#e5484d", "#a06cd5", "#1aa6a6", "#d65f9e", "#888888")  # the last: levels
 AXES = {"exaflops": ("exaFLOP", 1), "tokens": ("tokens, millions", 1e-6), "seconds": ("seconds", 1)}
 
 def draw(path, series, x_label, log):
-    """Writes an SVG of `series`, each (label or "", colour, style: line, dots or dash, [(x, loss in nats), ...]); log: is x?"""
+    """Writes an SVG of `series`, each (label or "", colour, style: line, dots or dash, [(x, nats), ...]); log: of x."""
     xs, ys = zip(*(pair for *_, pairs in series for pair in pairs), strict=True)
     left, right, low, high = min(xs) if log else 0, max(xs) + 1e-9, min(ys) - 0.05, max(ys) + 0.05
     def across(x):
         return round(50 + 580 * (math.log(x / left) / math.log(right / left) if log else x / right), 1)
     def up(y):
         return round(360 - 348 * (y - low) / (high - low), 1)
-    out, key = [f'<text x="340" y="400" text-anchor="middle">{x_label}</text><text x="10" y="16">nats</text>'], 10
+    out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
     for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
-        out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y) + 4}" text-anchor="end">{y:.4g}</text>')
+        out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" text-anchor="end">{y:.4g}</text>')
     numbers = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
-    for x in [x for x in numbers if left <= x <= right] if log else np.arange(0, right, min(x for x in numbers if 9 * x > right)):
-        out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text x="{across(x)}" y="378" text-anchor="middle">{x:.4g}</text>')
+    for x in [number for number in numbers if left <= number <= right] if log else np.linspace(0, right, 6):
+        out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
         line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
         if label:
             key += 20
             line = f"652 {key}h20" + f"M{line}" * bool(pairs)
-            out.append(f'<text x="682" y="{key + 4}">{escape(label)}</text>')
+            out.append(f'<text x="682" y="{key + 4}">{label.replace("&", "&amp;").replace("<", "&lt;")}</text>')
         out.append(f'<path class="{style}" stroke="{COLOURS[colour]}" d="M{line}h0"/>')
-    write_whole(path, lambda file: file.write("\n".join((SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n")).encode()))
+    out = [SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n"]
+    write_whole(path, lambda file: file.write("\n".join(out).encode()))
 
 def power_law(points):
     """([(C, L), ...], (L0, a, b)): the lower envelope of `points` and L = L0 + a C^-b, L0 >= 0, through it by least
@@ -512,20 +510,21 @@ def plot(outs, ask):
     for i, out in enumerate(outs):
         paths = sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
         logs, (label, unit) = [read_log(path) for path in paths], AXES[ask.x]
-        training, validation = ([(float(row[ask.x]) * unit, float(row[name])) for rows in logs for row in rows if float(row[ask.x])
-                                 and row[name] not in ("", "nan")] for name in ("train_loss", "val_loss"))
+        training, validation = ([(float(row[ask.x]) * unit, float(row[loss])) for rows in logs for row in rows
+                                 if float(row[ask.x]) and row[loss] not in ("", "nan")] for loss in ("train_loss", "val_loss"))
         if not training + validation:
             fail(f"{out} has no log with a loss: expected a run's folder, its log.csv, or a folder of such")
         series += [("", i % 7, "line", training)] * (len(logs) == 1) + [(str(out), i % 7, "dots", validation)]
         points += validation
         folders = {path.parent for path in paths if not ask.unigram and (path.parent / "checkpoint.pt").exists()}
         levels |= {load_checkpoint(folder)["meta"]["unigram_nats"] for folder in folders}
-    xs = [x for *_, pairs in series for x, _ in pairs]
-    series += [(f"unigram model {level:.3f}", 7, "dash", [(min(xs), level), (max(xs), level)]) for level in sorted(levels)]
+    ends = [end(x for *_, pairs in series for x, _ in pairs) for end in (min, max)]
+    series += [(f"unigram model {level:.3f}", 7, "dash", [(x, level) for x in ends]) for level in sorted(levels)]
     envelope, law = power_law(points)
     text = "L = {:.3g} + {:.3g} C^-{:.3g}".format(*law) if law else "a power law needs four"
     if law and ask.log:
-        series.append((text, 7, "dash", [(c, law[0] + law[1] * c ** -law[2]) for c in np.geomspace(envelope[0][0], envelope[-1][0], 50)]))
+        cs = np.geomspace(envelope[0][0], envelope[-1][0], 50)
+        series.append((text, 7, "dash", list(zip(cs, law[0] + law[1] * cs ** -law[2], strict=True))))
     draw(ask.to, series, label, ask.log)
     return f"{ask.to}: {len(points)} validation losses, {len(envelope)} on the lower envelope: {text}"
 
@@ -533,8 +532,7 @@ def plot(outs, ask):
 def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
     may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "micro_batch", "log_every")
-    state = load_checkpoint(given.get("out", Config.out))
-    saved = state["config"]
+    saved = (state := load_checkpoint(given.get("out", Config.out)))["config"]
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
               if name not in may_change and value not in (saved[name], "auto")]
     if differ:
@@ -545,7 +543,7 @@ def resume_config(given):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices: steps by the momentum with its singular values made about 1. As
-    torch.optim.Muon, but in fp32 where there is no bf16: a CPU that has to emulate bf16 takes ten times as long for it."""
+    torch.optim.Muon, but in fp32 where there is no bf16: a CPU that emulates bf16 takes ten times as long for it."""
     def __init__(self, params, peak, weight_decay, dtype):
         super().__init__([{"params": params, "peak": peak, "weight_decay": weight_decay}], {})
         self.dtype = dtype
@@ -566,10 +564,11 @@ def make_optimizers(model, cfg, dtype):
     """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest]; `peak` is a group's highest learning rate."""
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if p not in set(blocks)]
-    groups = [{"params": [p for p in rest if (p.ndim >= 2) == decays], "weight_decay": cfg.weight_decay * decays, "peak": cfg.lr}
+    groups = [{"params": [p for p in rest if (p.ndim >= 2) == decays], "peak": cfg.lr, "weight_decay": cfg.weight_decay * decays}
               for decays in (True, False)]  # matrices decay, norms and biases do not [4.3]
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
-    return [Muon(blocks, cfg.muon_lr, cfg.weight_decay, torch.bfloat16 if dtype == "bf16" else torch.float32), adamw] if blocks else [adamw]
+    dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return [Muon(blocks, cfg.muon_lr, cfg.weight_decay, dtype), adamw] if blocks else [adamw]
 
 def build(cfg, vocab_size, seq_len, device, dtype):
     """(model, the same compiled if asked for, optimisers, fp16's loss scaler): what accumulate and update need."""
@@ -578,17 +577,18 @@ def build(cfg, vocab_size, seq_len, device, dtype):
     able = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
     asked = able if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model, dynamic=False, fullgraph=True) if asked else model
-    return model, forward, make_optimizers(model, cfg, dtype), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    return model, forward, make_optimizers(model, cfg, dtype), scaler
 
 def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
     """Adds to .grad the gradient of the mean loss over `rows` rows, at most `micro` at a time; returns (loss, micro).
-    load(part) gives a part's (tokens, where, targets). Nothing here waits for the device. Too little memory halves `micro`."""
+    load(part) gives a part's (tokens, where, targets). Nothing waits for the device. Too little memory halves `micro`."""
     while True:
         try:
             total = torch.zeros((), device=device)
             for part in parts:
                 for piece in zip(*(tensor.split(micro) for tensor in load(part)), strict=True):
-                    with autocast(device, dtype):
+                    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
                         loss = model(*piece) * (len(piece[0]) / rows)
                     scaler.scale(loss).backward()
                     total += loss.detach()
@@ -632,7 +632,7 @@ def sum_over_ranks(model, loss):
 
 def train(given):
     """Trains within a budget and returns the last validation loss in nats; `given`: the flags that were typed. Progress
-    p = spent / budget in [0, 1] drives the learning rate, the batch and the stop [2]; one clock counts everything below."""
+    p = spent / budget in [0, 1] drives learning rate, batch and stop [2]; one clock counts everything below."""
     cfg, state = resume_config(given) if given.get("resume") else (make_config(given), None)
     out, (amount, unit), (device, dtype, reason) = Path(cfg.out), parse_budget(cfg.budget), choose_device(cfg)
     if not state and not cfg.overwrite and any(out.glob("checkpoint*.pt")):
@@ -685,8 +685,9 @@ def train(given):
     def save():
         """Writes the checkpoint and the picture; returns the seconds that it took."""
         run.seconds = elapsed()
-        now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta, "tokenizer": vocabulary,
-               "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
+        now = {"format": CHECKPOINT_FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta,
+               "tokenizer": vocabulary, "model": model.state_dict(), "scaler": scaler.state_dict(),
+               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                "versions": {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}}
         if rank == 0:
             guarded(write_whole, out / "checkpoint.pt", lambda file: torch.save(now, file), True)
@@ -706,11 +707,10 @@ def train(given):
             model.zero_grad()
             evaluation = time_of(lambda: evaluate(model, val[:1], device, dtype), device)
             run.reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
-            left = max(1.0, amount - run.reserve - elapsed())
-            left, speed, run.reserve = agreed([left, speed, run.reserve], world, device)
+            plan = max(1.0, amount - run.reserve - elapsed()), speed, run.reserve
+            left, speed, run.reserve = agreed(plan, world, device)
         run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token, speed) / seq_len)
-    # A row costs a third of its training to evaluate: so many evaluations stay under 2% of the budget together.
-    planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))
+    planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out / "log.csv", run.logged)
@@ -731,7 +731,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
         evals = int(p * (planned_evals + 1))
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
-        often = elapsed() >= run.seconds + 600 or p >= saved + 0.05 or evaluation_due  # so that a failure in it loses nothing
+        often = evaluation_due or p >= saved + 0.05 or elapsed() >= run.seconds + 600  # a failing evaluation loses nothing
         if p >= 1 or stop or (often and elapsed() >= run.seconds + 100 * saving):  # saving takes 1% at most
             saving, saved = save(), p
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
@@ -748,8 +748,8 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
                 shown = p, seconds
                 left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
-                print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}  {f'val {run.val_loss:.3f}  ' if evaluation_due else ''}lr {lr:.1e}  "
-                      f"batch {run.batch_rows}  {speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
+                print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}{f'  val {run.val_loss:.3f}' * evaluation_due}  lr {lr:.1e}  batch {run.batch_rows}  "
+                      f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
         if stop or p >= 1:
             break
@@ -767,8 +767,9 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         else:
             run.skipped, not_finite = run.skipped + 1, not_finite + 1
         if not_finite >= 10 and scaler.get_scale() <= 1:  # fp16 may first need many smaller scales
-            fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, learning rate {cfg.lr * lr_at(p, cfg):.2g}; "
-                 f"{out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start again with a smaller --lr")
+            fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, at learning rate "
+                 f"{cfg.lr * lr_at(p, cfg):.2g}; {out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start "
+                 "again with a smaller --lr")
 
     if stop:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
@@ -805,8 +806,7 @@ def fill(folder, text, top=5):
     return [[(tokenizer.decode([token]), p) for p, token in zip(*pair, strict=True)] for pair in zip(*best, strict=True)]
 
 def bench(given):
-    """Prints how fast a training step is here, on random tokens, and which share of this machine's matrix-product rate
-    it reaches: medians of five. Outside is what it takes longer than a step on a batch that lies ready."""
+    """Prints the speed of a training step on random tokens, medians of five; outside: what it takes beyond a ready batch."""
     cfg, seq_len, vocab_size = make_config(given), 128, 2**15
     device, dtype, reason = choose_device(cfg)
     size = cfg.micro_batch if device.type == "cuda" or "micro_batch" in given else 32
@@ -838,7 +838,7 @@ def main(argv=None):
         except KeyboardInterrupt:  # before the loop, which catches the first one
             raise SystemExit(130) from None
     elif command == "plot" and rest and not rest[0].startswith("--"):
-        outs = list(takewhile(lambda word: not word.startswith("-"), rest))
+        outs = rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)]
         print(plot(outs, Plot(**parse_flags(Plot, rest[len(outs):], plot.__doc__))))
     elif command == "fill" and len(rest) == 2:
         for i, answers in enumerate(fill(*rest), 1):

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cram
-from cram import autocast, choose_device, fail, load_model, opt, parse_flags, sha256
+from cram import DTYPES, choose_device, fail, load_model, opt, parse_flags, sha256
 from prepare_data import BadInput, download, normalise, show
 
 # ------------------------------------------------------------------------------------------- the tasks
@@ -88,7 +88,7 @@ class Options:
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
     epochs: int = opt(5, "passes over the training set; the paper allows 5", 1, 1000)
     batch_size: int = opt(16, "examples in a step", 1, 2**20)
-    lr: float | str = opt("auto", "peak learning rate: warm-up over a tenth of the steps, then cosine to 0; auto: the paper's "
+    lr: float = opt("auto", "peak learning rate: warm-up over a tenth of the steps, then cosine to 0; auto: the paper's "
                           "4e-5 at width 768, more for a narrower model", 1e-9, 10)
 
 # ---------------------- metrics: of predicted and true label numbers or scores, both (N,); undefined is nan
@@ -265,7 +265,7 @@ def finetune(task, data, encoder, scratch, pad_id, options, device, dtype, seed)
     for epoch in range(options.epochs):
         show(f"{task.folder}, seed {seed}: epoch {epoch + 1} of {options.epochs}")
         for index, rows, mask in batches(tokens, lengths, options.batch_size, pad_id, rng):
-            with autocast(device, dtype):
+            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
                 logits = model(rows, mask)
             loss = F.cross_entropy(logits, labels[index]) if task.labels else F.mse_loss(logits[:, 0], labels[index])
             p = step / steps
@@ -286,7 +286,7 @@ def predict(model, tokens, lengths, pad_id, device, dtype):
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
     logits = torch.empty(len(tokens), model.head[-1].out_features, device=device)
     for index, rows, mask in batches(tokens, lengths, 64, pad_id):
-        with autocast(device, dtype):
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
             logits[index] = model(rows, mask)
     logits = logits.cpu().double()  # fetched once, so that no batch waits for a copy
     labels = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1).double()
