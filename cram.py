@@ -504,11 +504,11 @@ class Plot:
     unigram: float = opt(0.0, "level of the unigram line in nats; 0: from checkpoint.pt beside the logs", 0, 100)
 
 def plot(outs, ask):
-    """Draws the losses of the runs `outs` (folders, log.csv files, or folders of such) against what they have spent: a
-    colour each, dots for validation; the training curve where an out is one run. Returns a line on the power law."""
+    """plot OUT [OUT ...] [flags]: the losses of runs (folders, log.csv files, or folders of such) against what they have
+    spent, a colour each; dots: validation; and a power law L = L0 + a C^-b through the lower envelope of the dots."""
     series, points, levels = [], [], {ask.unigram} - {0.0}
     for i, out in enumerate(outs):
-        paths = sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
+        paths = [*Path(out).glob("log.csv")] or sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
         logs, (label, unit) = [read_log(path) for path in paths], AXES[ask.x]
         training, validation = ([(float(row[ask.x]) * unit, float(row[loss])) for rows in logs for row in rows
                                  if float(row[ask.x]) and row[loss] not in ("", "nan")] for loss in ("train_loss", "val_loss"))

@@ -56,17 +56,18 @@ DOWNLOADS = Path("data/downloads")
 @dataclass
 class Options:
     """What prepare_data.py can be told; all of it is written into the manifest."""
-    source: tuple = opt(("docs",), "docs (the documentation of Python, numpy and torch on this machine), c4 (downloaded), or "
-                        'files and folders: .txt (a document a file), .jsonl, .json.gz, .jsonl.gz ({"text": ...} a line)')
+    source: tuple = opt(("docs",), "docs (documentation of Python, numpy and torch on this machine), c4 (downloaded), or files "
+                        'and folders: .txt (a document a file), .jsonl, .json.gz, .jsonl.gz ({"text": ...} a line)',
+                        group="text in, tokens out")
     out: str = opt("", "folder to write; empty: data/docs, data/c4, or data/NAME for a file or folder NAME")
-    vocab_size: int = opt(0, "tokens in all: 256 bytes, merges and 4 specials; 0: 8192 for docs, else 32768 [4.4]", 0, 2**16)
+    vocab_size: int = opt(0, "256 bytes, merges and 4 specials; 0: 8192 for docs, else 32768 [4.4]", 0, 2**16)
     seq_len: int = opt(128, "tokens in a row [4.2]", 8, 4096)
-    filter: float = opt(0.3, "drop a document with at least this many tokens a character: it compresses badly [4.4]", 0.001, 1000)
+    filter: float = opt(0.3, "drop documents of at least so many tokens a character [4.4]", 0.001, 1000)
     sort: str = opt("prevalence", "order of the rows: prevalence (most likely first, by mean unigram log-probability), "
                     "sentences (most full stops first) or none (shuffled) [4.4]", "prevalence", "sentences", "none")
     val_share: float = opt(0.0, "share of the documents held out for validation; 0: 0.05 for docs, else 0.01", 0, 0.5)
     max_docs: int = opt(0, "stop after so many documents; 0: all, or a day's worth of c4", 0, 2**40)
-    workers: int = opt(0, "processes; 0: one a CPU core. The files written do not depend on it", 0, 1024)
+    workers: int = opt(0, "processes; 0: one a CPU core. The files do not depend on it", 0, 1024, group="how")
     seed: int = opt(0, "seed of the row order where it is random", 0, 2**31)
 
 class BadInput(Exception):
@@ -154,7 +155,8 @@ def find_files(options, out):
         return paths
     found = []
     for path in map(Path, options.source):
-        inside = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file() and p.name.endswith(KINDS)]
+        paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+        inside = [p for p in paths if p.is_file() and p.name.endswith(KINDS)]
         if not inside:
             raise BadInput(f"{path} {'holds no text that is understood here' if path.exists() else 'does not exist'}: "
                            f"--source takes docs, c4, or {', '.join(KINDS)} files and folders of them")
@@ -246,7 +248,7 @@ def parallel(function, items, workers):
             yield window.popleft().result()
 
 # What may become a token of the normalised text: a contraction, a word, up to three digits or other characters, each
-# with the space before it. The bounds keep a million times the same letter from being one word, which would take for ever.
+# with the space before it. Without bounds a million times the same letter would be one word, and take for ever.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
 CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
 

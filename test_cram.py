@@ -1081,6 +1081,11 @@ def test_plot_reads_runs_logs_and_folders_of_them(tmp_path, trained, capsys):
     cram.main(["plot", str(trained / "log.csv"), "--to", str(tmp_path / "q.svg"), "--x", "seconds", "--unigram", "5.5"])
     assert {"unigram model 5.500", "seconds"} <= set(svg_lines(tmp_path / "q.svg")[1])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    shutil.copytree(trained, tmp_path / "outer")
+    shutil.copytree(trained, tmp_path / "outer/inner")  # a run in the folder of another is not part of it
+    cram.main(["plot", str(tmp_path / "outer"), "--to", str(tmp_path / "r.svg"), "--unigram", "5"])
+    assert f"{len(losses)} validation losses" in capsys.readouterr().out
+    (tmp_path / "r.svg").unlink()
     for out in ("nowhere", tmp_path / "other.csv", tmp_path):
         if out != tmp_path:
             assert f"{out} has no log with a loss" in message(cram.main, ["plot", str(out), "--to", str(tmp_path / "r.svg")])
