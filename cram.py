@@ -469,8 +469,8 @@ def draw(path, series, x_label, log):
     out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
     for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
         out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" text-anchor="end">{y:.4g}</text>')
-    numbers = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
-    for x in [number for number in numbers if left <= number <= right] if log else np.linspace(0, right, 6):
+    numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else range(1, 10))]
+    for x in [x for x in numbers if left <= x <= right] if log else np.linspace(0, right, 6):
         out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
         line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
@@ -514,7 +514,7 @@ def plot(outs, ask):
                                  if float(row[ask.x]) and row[loss] not in ("", "nan")] for loss in ("train_loss", "val_loss"))
         if not training + validation:
             fail(f"{out} has no log with a loss: expected a run's folder, its log.csv, or a folder of such")
-        series += [("", i % 7, "line", training)] * (len(logs) == 1) + [(str(out), i % 7, "dots", validation)]
+        series += [("", i % 7, "line", training)] * (len(logs) == 1) + [("/".join(Path(out).parts[-2:]), i % 7, "dots", validation)]
         points += validation
         folders = {path.parent for path in paths if not ask.unigram and (path.parent / "checkpoint.pt").exists()}
         levels |= {load_checkpoint(folder)["meta"]["unigram_nats"] for folder in folders}
