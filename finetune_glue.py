@@ -149,7 +149,7 @@ def unzip(task, paths):
             if bad := [name for name in archive.namelist() if outside.search(name)]:
                 fail(f"{paths[0]} holds {bad[0]!r}, a path out of its folder: remove this file")
             return {split: archive.read(f"{task.folder}/{split}.tsv") for split in task.rows}
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, OSError, RuntimeError) as error:
         fail(f"{paths[0]} is damaged or not the official file ({error}): remove it, and try again")
 
 def build_mrpc(_, paths):

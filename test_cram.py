@@ -1658,6 +1658,8 @@ def test_bad_archives_leave_nothing_behind(tmp_path, trained, glue_server):
     assert "RTE.zip is damaged" in problem(12)
     path.write_text("<html>")
     assert "RTE.zip is damaged" in problem(13)
+    path.write_bytes(whole[:-4] + b"\xff" + whole[-3:])  # a directory before the start of the file
+    assert "RTE.zip is damaged" in problem(14)
 
 
 def test_messages_of_finetune(tmp_path, trained, glue_server):
