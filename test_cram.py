@@ -1203,6 +1203,8 @@ def test_flags_both_ways_and_help(capsys):
         assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name} " in text for name in ("mask_rate", "vocab_size", "glue_dir")) and "(default: 0.25)" in text
+    groups = [line[:-1] for line in text.rpartition("usage:")[2].splitlines() if re.fullmatch(r"\w.*:", line)]
+    assert groups == ["options", "the score", "the setting [2]", "the machine"]
 
 
 # ---------------------------------------------------------------------------------------------------- GLUE
@@ -1378,8 +1380,10 @@ def test_finished_runs_are_kept_and_never_mixed(tmp_path, scored, trained, capsy
                             "--epochs", "1", *flags])
         return capsys.readouterr().out
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
         run()
+    assert stop.type is SystemExit and stop.value.code == 130
+    assert f"\nstopped: finished runs are kept in {scored}/glue.json, and" in capsys.readouterr().out
     calls += [None] * 3  # no more interruptions
     before = (scored / "glue.json").read_text()
     monkeypatch.setattr(finetune_glue, "finetune", lambda task, *args: calls.append((task.folder, args[-1])) or real(task, *args))
@@ -1404,6 +1408,109 @@ def test_finished_runs_are_kept_and_never_mixed(tmp_path, scored, trained, capsy
     torch.save(state, scored / "checkpoint.pt")
     run()
     assert len(calls) == 4
+
+
+@pytest.fixture
+def score_rte(tmp_path, scored, monkeypatch):
+    """Scores RTE with two seeds and perfect predictions instead of fine-tuning; and the seeds that were made so."""
+    glue, seeds = write_glue(tmp_path / "glue", ["rte"]), []
+
+    def finetune(task, data, *args):
+        seeds.append(args[-1])
+        return {"dev": data["dev"][2].astype(float), "test": np.ones(9)}
+
+    def run(*flags):
+        seeds.clear()
+        finetune_glue.main(["--checkpoint", str(scored), "--glue_dir", str(glue), "--tasks", "rte", "--seeds", "2", *FAST, *flags])
+
+    monkeypatch.setattr(finetune_glue, "finetune", finetune)
+    return run, seeds
+
+
+def test_sigterm_ends_fine_tuning_like_ctrl_c(scored, score_rte, capsys, monkeypatch):
+    run, seeds = score_rte
+    perfect, before = finetune_glue.finetune, signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
+
+    def finetune(*args):
+        if args[-1] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return perfect(*args)
+
+    monkeypatch.setattr(finetune_glue, "finetune", finetune)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+            run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.type is SystemExit and stop.value.code == 130 and "the same command goes on" in capsys.readouterr().out.splitlines()[-1]
+    assert [entry["seed"] for entry in json.loads((scored / "glue.json").read_text())] == [0]
+    monkeypatch.setattr(finetune_glue, "finetune", perfect)
+    run()
+    assert seeds == [1]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b'[{"task": "rte", "se', b"\xff\xfe\xff", b"{}", b"null", b"7", b'"[]"', b"[7]", b"[{}]", b'[{"task": "rte"}]',
+    b'[{"task": ["rte"], "scores": {"RTE": {"accuracy": 0.5}}, "seconds": 1.0}]',
+    b'[{"task": "rte", "scores": {"RTE": {}}, "seconds": 1.0}]', b'[{"task": "rte", "scores": {}, "seconds": 1.0}]',
+    b'[{"task": "rte", "scores": {"RTE": {"accuracy": "0.5"}}, "seconds": 1.0}]',
+    b'[{"task": "rte", "scores": {"RTE": {"accuracy": 0.5}}, "seconds": null}]',
+])  # fmt: skip
+def test_a_damaged_glue_json_is_named_and_kept(scored, score_rte, content):
+    run, seeds = score_rte
+    (scored / "glue.json").write_bytes(content)
+    text = message(run)
+    assert f"{scored}/glue.json is damaged" in text and "delete or rename it" in text and not seeds
+    assert (scored / "glue.json").read_bytes() == content
+
+
+def writes_at_most(monkeypatch, name, size):
+    """From now on finetune_glue can write no more than the first `size` bytes of the file `name`, as on a full disk."""
+    write_whole, limits = cram.write_whole, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(path, write):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size if Path(path).name == name else limits[0], limits[1]))
+        try:
+            write_whole(path, write)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(finetune_glue, "write_whole", limited)
+
+
+def test_a_full_disk_leaves_whole_runs_and_predictions(tmp_path, scored, score_rte, monkeypatch):
+    run, _ = score_rte
+    writes_at_most(monkeypatch, "glue.json", 500)  # one run fits
+    text, submit = message(run), tmp_path / "submit"
+    assert "File too large" in text and f"finished runs are kept in {scored}/glue.json" in text
+    assert [entry["seed"] for entry in json.loads((scored / "glue.json").read_text())] == [0]
+    submit.mkdir()
+    for name, size in (("RTE.tsv", 40), ("submission.zip", 40)):
+        (submit / name).write_text("of another model")
+        writes_at_most(monkeypatch, name, size)
+        assert "File too large" in message(run, "--submit", str(submit))
+        assert (submit / name).read_text() == "of another model"
+    assert not list(tmp_path.glob("*/*.part"))
+
+
+def test_folders_that_cannot_be_written_show_before_the_first_run(tmp_path, scored, score_rte):
+    run, seeds = score_rte
+    (tmp_path / "file").touch()
+    assert "Not a directory" in message(run, "--submit", str(tmp_path / "file/submit")) and not seeds
+    (scored / "glue.json.part").mkdir()  # in the way of glue.json; to root no folder is read-only
+    assert "Is a directory" in message(run) and not seeds and not (scored / "glue.json").exists()
+    (scored / "glue.json.part").rmdir()
+    assert "Not a directory" in message(run, "--glue_dir", str(tmp_path / "file")) and not seeds
+
+
+def test_the_speed_of_a_task_is_that_of_its_runs(scored, score_rte, capsys):
+    run, _ = score_rte
+    run()
+    runs = json.loads((scored / "glue.json").read_text())
+    (scored / "glue.json").write_text(json.dumps([{**entry, "seconds": 1.0 + 2 * entry["seed"]} for entry in runs]))
+    capsys.readouterr()
+    run()  # two runs of 5 epochs of 160 examples in 1 and 3 seconds
+    assert "RTE      accuracy: median 100.0, range 100.0 to 100.0, 2 seeds, 4 s, 400 training examples/s" in capsys.readouterr().out
 
 
 def test_the_seed_in_the_middle_is_submitted(tmp_path, scored, monkeypatch):
@@ -1499,17 +1606,18 @@ def serve_zip(root, name, members):
             archive.writestr(member, text)
 
 
-def test_a_task_is_downloaded_once(tmp_path, glue_server):
+def test_a_task_is_downloaded_once(tmp_path, trained, glue_server):
     root, asked = glue_server
     rte, glue = finetune_glue.TASKS["rte"], tmp_path / "glue"
     files = {split: glue_rows("rte", split, 5, random.Random(0)) for split in rte.rows}
     serve_zip(root, "RTE.zip", {"RTE/original/x.txt": "x"} | {f"RTE/{split}.tsv": text for split, text in files.items()})
-    finetune_glue.fetch(glue / "RTE", rte, ["train", "dev"])
+    finetune_glue.fetch(glue / "RTE", rte)
     assert {path.stem: path.read_text() for path in (glue / "RTE").iterdir()} == files and len(asked) == 1
-    finetune_glue.fetch(glue / "RTE", rte, list(rte.rows))
+    finetune_glue.load_task(rte, finetune_glue.Options(glue_dir=str(glue)), cram.load_model(trained)[1], 32)
     assert len(asked) == 1 and not (glue / "RTE.part").exists()
     (glue / "RTE/dev.tsv").unlink()
-    assert "RTE/dev.tsv does not exist" in message(finetune_glue.fetch, glue / "RTE", rte, ["dev"])
+    text = message(finetune_glue.main, ["--checkpoint", str(trained), "--glue_dir", str(glue), "--tasks", "rte"])
+    assert "RTE/dev.tsv cannot be read ([Errno 2]" in text and f"move {glue}/RTE away" in text and len(asked) == 1
 
 
 def test_mrpc_is_built_from_its_files(tmp_path, glue_server, monkeypatch):
@@ -1520,24 +1628,24 @@ def test_mrpc_is_built_from_its_files(tmp_path, glue_server, monkeypatch):
     for name, text in zip(mrpc.sources, texts, strict=True):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode())
-    assert "another checksum" in message(finetune_glue.fetch, tmp_path / "MRPC", mrpc, ["train"])
+    assert "another checksum" in message(finetune_glue.fetch, tmp_path / "MRPC", mrpc)
     monkeypatch.setattr(mrpc, "sources", {name: cram.sha256(root / name) for name in mrpc.sources})
-    finetune_glue.fetch(tmp_path / "MRPC", mrpc, list(mrpc.rows))
+    finetune_glue.fetch(tmp_path / "MRPC", mrpc)
     train, dev, test = (finetune_glue.read_split(tmp_path / f"MRPC/{split}.tsv", mrpc) for split in ("train", "dev", "test"))
     assert train[0] == [(f'one "{i}', f"two {i}") for i in (0, 1, 3, 4, 6, 7)] and train[1].tolist() == [0, 1, 1, 0, 0, 1]
     assert dev[0] == [('one "2', "two 2"), ('one "5', "two 5")] and dev[1].tolist() == [0, 1]
     assert len(test[0]) == 3 and test[1] is None and "SECRET" not in (tmp_path / "MRPC/test.tsv").read_text()
 
 
-def test_bad_archives_leave_nothing_behind(tmp_path, glue_server):
+def test_bad_archives_leave_nothing_behind(tmp_path, trained, glue_server):
     root, _ = glue_server
     rte, outside = finetune_glue.TASKS["rte"], tmp_path / "evil.tsv"
     good = {f"RTE/{split}.tsv": glue_rows("rte", split, 500, random.Random(0)) for split in rte.rows}
 
     def problem(number):
-        folder = tmp_path / f"glue{number}/RTE"
-        text = message(finetune_glue.fetch, folder, rte, ["train"])
-        assert not folder.exists() and not outside.exists()
+        glue = tmp_path / f"glue{number}"
+        text = message(finetune_glue.main, ["--checkpoint", str(trained), "--glue_dir", str(glue), "--tasks", "rte"])
+        assert not (glue / "RTE").exists() and not outside.exists()
         return text
 
     assert "answered 404" in problem(0)
@@ -1555,6 +1663,8 @@ def test_bad_archives_leave_nothing_behind(tmp_path, glue_server):
     assert "RTE.zip is damaged" in problem(12)
     path.write_text("<html>")
     assert "RTE.zip is damaged" in problem(13)
+    path.write_bytes(whole[:-4] + b"\xff" + whole[-3:])  # a directory before the start of the file
+    assert "RTE.zip is damaged" in problem(14)
 
 
 def test_messages_of_finetune(tmp_path, trained, glue_server):
@@ -1579,7 +1689,7 @@ def test_messages_of_finetune(tmp_path, trained, glue_server):
         (glue / "SST-2/train.tsv").write_text(content)
         assert expected in run("--tasks", "sst2")
     (glue / "SST-2/train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    assert "is not UTF-8" in run("--tasks", "sst2")
+    assert "can't decode byte 0xff" in run("--tasks", "sst2")
     for label in ("5.5", "nan", "-1", "good"):
         (glue / "STS-B/dev.tsv").write_text(f"sentence1\tsentence2\tscore\na\tb\t{label}\n")
         assert f"has the label '{label}': expected a number from 0 to 5" in run("--tasks", "stsb")
