@@ -632,6 +632,7 @@ def test_only_matrices_decay_and_muon_takes_those_of_the_blocks():
     assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-12
     model, cfg = small_model(recipe="modern")
     muon, adamw = cram.make_optimizers(model, cfg, "fp32")
+    assert [cram.make_optimizers(model, cfg, d)[0].dtype for d in ("fp32", "fp16", "bf16")] == [torch.float32] * 2 + [torch.bfloat16]
     assert [len(group["params"]) for group in adamw.param_groups] == [1, 2 + 2 * 2] and muon.param_groups[0]["peak"] == 0.02
     before, grad = model.blocks[0].qkv.weight.detach().clone(), torch.randn(96, 32)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -1083,8 +1084,14 @@ def test_plot_reads_runs_logs_and_folders_of_them(tmp_path, trained, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     shutil.copytree(trained, tmp_path / "outer")
     shutil.copytree(trained, tmp_path / "outer/inner")  # a run in the folder of another is not part of it
+    capsys.readouterr()
     cram.main(["plot", str(tmp_path / "outer"), "--to", str(tmp_path / "r.svg"), "--unigram", "5"])
-    assert f"{len(losses)} validation losses" in capsys.readouterr().out
+    assert f": {len(losses)} validation losses" in capsys.readouterr().out
+    state = torch.load(trained / "checkpoint.pt")
+    state["meta"]["unigram_nats"] = 4.25
+    torch.save(state, tmp_path / "outer/checkpoint.pt")
+    cram.main(["plot", str(trained), str(tmp_path / "outer"), "--to", str(tmp_path / "r.svg")])
+    assert {f"unigram model {unigram:.3f}", "unigram model 4.250"} <= set(svg_lines(tmp_path / "r.svg")[1])  # two texts
     (tmp_path / "r.svg").unlink()
     for out in ("nowhere", tmp_path / "other.csv", tmp_path):
         if out != tmp_path:
