@@ -57,7 +57,7 @@ class Config:
     dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
     compile: bool = opt("auto", "torch.compile the model, on a GPU if auto", "auto", True, False)
     size: str = opt("auto", "base on a GPU, tiny on a CPU", "auto", *SIZES, group="the shape [4.2]")
-    recipe: str = opt("modern", "values for the fields below, whose defaults are cram's", "bert", "cram", "modern")
+    recipe: str = opt("modern", "values for the fields below; the defaults shown are modern's", "bert", "cram", "modern")
     layers: int = opt(0, "transformer blocks; 0: from size (base: 16)", 0, 1000)
     width: int = opt(0, "hidden width; 0: from size (base: 768)", 0, 2**16)
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
@@ -106,14 +106,14 @@ def parse_flags(cls, argv, description):
     """The flags typed in `argv` for the fields of the dataclass `cls`, as {field: value}; a tuple takes many words."""
     style = partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=32)
     group = parser = argparse.ArgumentParser(None, "%(prog)s [flags]", description, allow_abbrev=False, formatter_class=style)
-    parser.error = fail
+    parser.error = lambda message: fail(f"{message} (-h lists all flags)")
     for f in fields(cls):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         words = {tuple: {"nargs": "+"}, bool: {"nargs": "?", "const": True}}.get(f.type, {})
-        default = " ".join(f.default) if f.type is tuple else f.default
+        default = RECIPES[Config.recipe].get(f.name, f.default) if cls is Config else f.default
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=partial(convert, f), **words,
-                           metavar="|".join(map(str, f.metadata["choices"])) or f.name.upper(),
-                           help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+                           help=f"{f.metadata['help']} (default: {' '.join(default) if f.type is tuple else default})".replace("%", "%%"),
+                           metavar="|".join(map(str, f.metadata["choices"])).lower() or {bool: "true|false"}.get(f.type, f.name.upper()))
     return vars(parser.parse_args(argv))
 
 def convert(f, word):
@@ -521,7 +521,7 @@ def plot(outs, ask):
     ends = [end(x for *_, pairs in series for x, _ in pairs) for end in (min, max)]
     series += [(f"unigram model {level:.3f}", 7, "dash", [(x, level) for x in ends]) for level in sorted(levels)]
     envelope, law = power_law(points)
-    text = "L = {:.3g} + {:.3g} C^-{:.3g}".format(*law) if law else "a power law needs four"
+    text = "L = {:.3g} + {:.3g} C^-{:.3g}".format(*law) if law else "no power law: it needs four"
     if law and ask.log:
         cs = np.geomspace(envelope[0][0], envelope[-1][0], 50)
         series.append((text, 7, "dash", list(zip(cs, law[0] + law[1] * cs ** -law[2], strict=True))))
