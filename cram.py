@@ -469,7 +469,7 @@ def draw(path, series, x_label, log):
     out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
     for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
         out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" text-anchor="end">{y:.4g}</text>')
-    numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else range(1, 10))]
+    numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7))]
     for x in [x for x in numbers if left <= x <= right] if log else np.linspace(0, right, 6):
         out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
