@@ -468,9 +468,9 @@ def draw(path, series, x_label, log):
         return round(360 - 348 * (y - low) / (high - low), 1)
     out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
     for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
-        out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" text-anchor="end">{y:.4g}</text>')
+        out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" dy=".3em" text-anchor="end">{y:.4g}</text>')
     numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7))]
-    for x in [x for x in numbers if left <= x <= right] if log else np.linspace(0, right, 6):
+    for x in [x for x in numbers if left <= x <= right] if log else np.arange(0, right, min(x for x in numbers if 8 * x > right)):
         out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
         line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
