@@ -111,8 +111,9 @@ def parse_flags(cls, argv, description):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         words = {tuple: {"nargs": "+"}, bool: {"nargs": "?", "const": True}}.get(f.type, {})
         default = RECIPES[Config.recipe].get(f.name, f.default) if cls is Config else f.default
+        default = " ".join(default) if f.type is tuple else default
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=partial(convert, f), **words,
-                           help=f"{f.metadata['help']} (default: {' '.join(default) if f.type is tuple else default})".replace("%", "%%"),
+                           help=f"{f.metadata['help']} (default: {default})".replace("%", "%%").replace(" (default: )", ""),
                            metavar="|".join(map(str, f.metadata["choices"])).lower() or {bool: "true|false"}.get(f.type, f.name.upper()))
     return vars(parser.parse_args(argv))
 
@@ -125,8 +126,8 @@ def convert(f, word):
         if value == f.default or (value in choices if choices else not limits or limits[0] <= value <= limits[1]):
             return value
     expected = ", ".join(map(str, choices)) or {int: "a whole number", float: "a number"}.get(f.type, "true or false")
-    expected += " from {:g} to {:g}".format(*limits) if limits else ""
-    raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")
+    span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected {expected}{span}")
 
 def make_config(given):
     """A checked Config from the flags that were typed: they win over the recipe, the recipe over the defaults."""
@@ -770,7 +771,6 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, at learning rate "
                  f"{cfg.lr * lr_at(p, cfg):.2g}; {out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start "
                  "again with a smaller --lr")
-
     if stop:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
         raise SystemExit(128 + int(stop))
