@@ -949,7 +949,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     monkeypatch.undo()
     spoil(monkeypatch, range(30, 1000))
     text = message(cram.main, [*flags, "--out", str(tmp_path / "b"), "--budget", "100steps"])
-    assert "for 10 steps up to step 40, learning rate" in text and "holds the last good save" in text
+    assert "for 10 steps up to step 40, at learning rate" in text and "holds the last good save" in text
     assert all(w.isfinite().all() for w in cram.load_checkpoint(tmp_path / "b")["model"].values())
 
 
