@@ -486,10 +486,10 @@ def draw(path, series, x_label, log):
 def power_law(points):
     """([(C, L), ...], (L0, a, b)): the lower envelope of `points` and L = L0 + a C^-b, L0 >= 0, through it by least
     squares; None for the law if the envelope has fewer than four points."""
-    points, fits = sorted(points), []
+    points = sorted(points)
     envelope = [(c, loss) for i, (c, loss) in enumerate(points) if all(loss < lower for _, lower in points[:i])]
+    (c, loss), fits = np.array(envelope).reshape(-1, 2).T, []
     for b in np.geomspace(0.01, 3, 600) if len(envelope) >= 4 else ():  # given b, the rest is linear
-        c, loss = np.array(envelope).T
         power = (c / c[-1]) ** -b
         floor, a = np.linalg.lstsq(np.stack((np.ones_like(c), power), 1), loss)[0]
         floor, a = (floor, a) if floor >= 0 else (0.0, power @ loss / (power @ power))
@@ -743,7 +743,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             loss = run.loss_sum / (run.loss_count or math.nan)
             row = (run.step, round(seconds, 2), p, tokens, tokens * flops_per_token / 1e18, lr, run.batch_rows, loss,
                    run.val_loss if evaluation_due else "", run.grad_norm, round(speed),
-                   round(speed * flops_per_token / (machine_rate * world), 4))
+                   round(speed * flops_per_token / (machine_rate * world), 4))  # in the order of COLUMNS
             if rank == 0:
                 guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
