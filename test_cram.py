@@ -1720,7 +1720,7 @@ def test_the_commands_of_the_readme_run(tmp_path, data, monkeypatch, capsys):
     """All of them, in their order, in a fresh folder, with small models, budgets and files."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    for name in ("docs", "c4", "corpus", "corpus8k"):
+    for name in ("docs", "c4", "corpus8k"):
         os.symlink(data, f"data/{name}")
     os.symlink(HERE / "assets", "assets")
     monkeypatch.setitem(SPLITS, "train", 16)
