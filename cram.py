@@ -63,6 +63,7 @@ class Config:
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
     ffn_width: int = opt(0, "feed-forward width before the gate halves it; 0: from size (base: 3072)", 0, 2**18)
     norm: str = opt("pre", "LayerNorm before or after each part of a block", "pre", "post")
+    shallow: float = opt(0.0, "share of the budget in which only the first half of the blocks, at least 2, is trained", 0, 1)
     gated: bool = opt(True, "feed-forward with a gate, which halves its width")
     positions: str = opt("sinusoidal", "how a token knows its place", "sinusoidal", "learned", "rotary")
     head: bool = opt(False, "dense layer, GELU, LayerNorm and a bias around the decoder")
@@ -93,7 +94,7 @@ RECIPES = {  # name: values that differ from Config's defaults; nothing does in 
     "bert": {"norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True, "dropout": 0.1,
              "mask_rate": 0.15, "lr_start": 0.0, "warmup": 0.01, "cooldown": 0.99, "batch_ramp": 0.0},
     "modern": {"positions": "rotary", "norm_bias": False, "zero_init": True, "optimizer": "muon", "lr_start": 0.0,
-               "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True},
+               "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True, "shallow": 0.4},
 }
 BETAS, EPS = (0.9, 0.98), 1e-12  # AdamW's; LayerNorm has the same epsilon [4.3]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of products; the rest is fp32 [4.1]
@@ -133,8 +134,7 @@ def make_config(given):
     """A checked Config from the flags that were typed: they win over the recipe, the recipe over the defaults."""
     cfg = Config(**{**RECIPES.get(given.get("recipe", Config.recipe), {}), **given})
     parse_budget(cfg.budget)
-    if cfg.size == "auto":
-        cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
+    cfg.size = ("base" if choose_device(cfg)[0].type == "cuda" else "tiny") if cfg.size == "auto" else cfg.size
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
     cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
@@ -224,7 +224,7 @@ class Model(nn.Module):
     """The masked language model [4.2], with the decoder tied to the embedding."""
     def __init__(self, cfg, vocab_size, seq_len):
         super().__init__()
-        self.cfg, self.vocab_size, self.seq_len = cfg, vocab_size, seq_len
+        self.cfg, self.vocab_size, self.seq_len, self.depth = cfg, vocab_size, seq_len, cfg.layers  # depth: blocks in use
         self.embedding, rotary = nn.Embedding(vocab_size, cfg.width), cfg.positions == "rotary"
         dim = cfg.width // cfg.heads if rotary else cfg.width
         angle = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # (S, dim / 2)
@@ -251,7 +251,7 @@ class Model(nn.Module):
         if self.rotation is None:
             x = x + getattr(self, "position_scale", 1) * self.positions[: x.shape[1]]
         x = self.dropout(self.embedding_norm(x))
-        for block in self.blocks:
+        for block in self.blocks[: self.depth]:
             x = block(x, None if mask is None else mask[:, None, None, :], self.rotation)
         return self.final_norm(x)
     def forward(self, tokens, where, targets=None):
@@ -262,15 +262,15 @@ class Model(nn.Module):
         logits = F.linear(x, self.embedding.weight, self.decoder_bias)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     def flops_per_token(self):
-        """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a layer of attention."""
-        c, weights = self.cfg, sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a block of attention."""
+        c, weights = self.cfg, sum(p.numel() for p in self.blocks[: self.depth].parameters() if p.ndim == 2)
         decoder = mask_counts(c, self.seq_len)[0] / self.seq_len * self.vocab_size * c.width
-        return 6 * (weights + decoder) + 12 * c.layers * c.width * self.seq_len
+        return 6 * (weights + decoder) + 12 * self.depth * c.width * self.seq_len
 
 # ------------------------------------------------------------------------------------- data and masks
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
-DATA_FORMAT, CHECKPOINT_FORMAT = 1, 3
+DATA_FORMAT, CHECKPOINT_FORMAT = 1, 4
 
 def sha256(path):
     """Hex SHA-256 of a file."""
@@ -300,8 +300,7 @@ def mask_counts(cfg, seq_len):
 def uniform(seed, reads, count):
     """Random numbers (B, count) in [0, 1): a hash of the seed, the reads (B,) and the column, and of nothing else, so
     the masks of a row are the same in any micro-batch, in a resumed run and on any number of GPUs."""
-    x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15
-    x = x + torch.arange(count, device=reads.device) * 0x3F58476D1CE4E5B9
+    x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15 + torch.arange(count, device=reads.device) * 0x3F58476D1CE4E5B9
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # splitmix64's finaliser
         x = (x ^ ((x >> shift) & (1 << 64 - shift) - 1)) * factor  # >> keeps the sign, so its copies are masked away
     return (x & 0xFFFFFF).float() / 2**24
@@ -369,6 +368,10 @@ def batch_at(p, cfg):
         return cfg.batch_size
     return cfg.micro_batch * round(1 + (cfg.batch_size // cfg.micro_batch - 1) * p / cfg.batch_ramp)
 
+def depth_at(p, cfg):
+    """Blocks in use at progress p. With zero_init the later ones join as the identity (Gong et al. 2019 copied them)."""
+    return min(cfg.layers, max(2, cfg.layers // 2)) if p < cfg.shallow else cfg.layers  # one alone learns too little
+
 def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size where it is `auto`; returns the tokens that the budget is to buy.
     The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or there are too few steps to leave the line."""
@@ -391,6 +394,7 @@ class Run:
     """The numbers that change as a run goes on; with the tensors, they are all that a checkpoint must keep."""
     step: int = 0  # optimiser steps done
     reads: int = 0  # rows read: the position in the data, and the seed of the next masks
+    flops: float = 0.0  # model FLOPs spent
     seconds: float = 0.0  # spent at the last save
     logged: int = 0  # step of the last row of the log
     evals: int = 0  # evaluations done
@@ -448,6 +452,7 @@ def read_log(path):
 
 def open_log(path, step):
     """log.csv, open for appending behind its header and its rows up to `step`: where a resumed run goes on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row.values() for row in read_log(path) if int(row["step"]) <= step] if step and path.is_file() else []
     write_whole(path, lambda file: file.write("".join(",".join(row) + "\n" for row in (COLUMNS, *rows)).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
@@ -480,8 +485,7 @@ def draw(path, series, x_label, log):
             line = f"652 {key}h20" + f"M{line}" * bool(pairs)
             out.append(f'<text x="682" y="{key + 4}">{label.replace("&", "&amp;").replace("<", "&lt;")}</text>')
         out.append(f'<path class="{style}" stroke="{COLOURS[colour]}" d="M{line}h0"/>')
-    out = [SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n"]
-    write_whole(path, lambda file: file.write("\n".join(out).encode()))
+    write_whole(path, lambda file: file.write("\n".join((SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n")).encode()))
 
 def power_law(points):
     """([(C, L), ...], (L0, a, b)): the lower envelope of `points` and L = L0 + a C^-b, L0 >= 0, through it by least
@@ -551,7 +555,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for p in group["params"]:
+        for p in (p for p in group["params"] if p.grad is not None):  # of the blocks in use
             momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
             x, tall = p.grad.lerp(momentum, 0.95).to(self.dtype), p.shape[0] > p.shape[1]
             x = (x.mT if tall else x) / x.norm().clamp(min=1e-7)
@@ -626,7 +630,8 @@ def agreed(values, world, device):
 
 def sum_over_ranks(model, loss):
     """Replaces the gradient and the loss by their sums over all processes."""
-    for weight in model.parameters():
+    idle = set(model.blocks[model.depth :].parameters())
+    for weight in (weight for weight in model.parameters() if weight not in idle):
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # a process may have had no rows
         dist.all_reduce(weight.grad)
     dist.all_reduce(loss)
@@ -663,8 +668,7 @@ def train(given):
         return time.monotonic() - start
     def progress():
         """(share of the budget that is spent, signal that asks to stop or 0): rank 0 decides for all."""
-        tokens = run.reads * seq_len
-        spent = {"seconds": elapsed(), "steps": run.step, "tokens": tokens, "flops": tokens * flops_per_token}[unit]
+        spent = {"seconds": elapsed(), "steps": run.step, "tokens": run.reads * seq_len, "flops": run.flops}[unit]
         return agreed([min(1.0, spent / (amount - run.reserve)), sum(signals)], world, device)
     def gradient(rows):
         """The loss after accumulate on this process's share of the run's next `rows` rows."""
@@ -707,16 +711,15 @@ def train(given):
             speed = rows * seq_len / time_of(lambda: gradient(rows), device)
             model.zero_grad()
             evaluation = time_of(lambda: evaluate(model, val[:1], device, dtype), device)
-            run.reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
-            plan = max(1.0, amount - run.reserve - elapsed()), speed, run.reserve
-            left, speed, run.reserve = agreed(plan, world, device)
-        run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token, speed) / seq_len)
+            reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
+            left, speed, run.reserve = agreed((max(1.0, amount - reserve - elapsed()), speed, reserve), world, device)
+        model.depth = depth_at(0, cfg)
+        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # tokens for the same
+        run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token / more, speed * more) / seq_len)
     planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "log.csv", run.logged)
+    log = open_log(out / "log.csv", run.logged) if rank == 0 else None
 
-    print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
+    print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers{f" ({depth_at(0, cfg)} until {cfg.shallow:.0%})" * (depth_at(0, cfg) < cfg.layers)}, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
 {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
 machine  {f"{world} x " * (world > 1)}{device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}, {machine_rate / 1e9:.0f} GFLOP/s
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
@@ -730,7 +733,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     saved, shown, last_seconds, last_reads, not_finite = p, (-1.0, 0.0), elapsed(), run.reads, 0
     while True:
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
-        evals = int(p * (planned_evals + 1))
+        evals, model.depth = int(p * (planned_evals + 1)), depth_at(p, cfg)
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
         often = evaluation_due or p >= saved + 0.05 or elapsed() >= run.seconds + 600  # a failing evaluation loses nothing
         if p >= 1 or stop or (often and elapsed() >= run.seconds + 100 * saving):  # saving takes 1% at most
@@ -738,17 +741,15 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
-            seconds, tokens, lr = elapsed(), run.reads * seq_len, cfg.lr * lr_at(p, cfg)
+            seconds, lr, loss = elapsed(), cfg.lr * lr_at(p, cfg), run.loss_sum / (run.loss_count or math.nan)
             speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds + 1e-9)
-            loss = run.loss_sum / (run.loss_count or math.nan)
-            row = (run.step, round(seconds, 2), p, tokens, tokens * flops_per_token / 1e18, lr, run.batch_rows, loss,
+            row = (run.step, round(seconds, 2), p, run.reads * seq_len, run.flops / 1e18, lr, run.batch_rows, loss,
                    run.val_loss if evaluation_due else "", run.grad_norm, round(speed),
-                   round(speed * flops_per_token / (machine_rate * world), 4))  # in the order of COLUMNS
+                   round(speed * model.flops_per_token() / (machine_rate * world), 4))  # in the order of COLUMNS
             if rank == 0:
                 guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
-                shown = p, seconds
-                left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
+                shown, left = (p, seconds), max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
                 print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}{f'  val {run.val_loss:.3f}' * evaluation_due}  lr {lr:.1e}  batch {run.batch_rows}  "
                       f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
@@ -760,9 +761,9 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             sum_over_ranks(model, loss)
         loss, norm = measure(model, optimizers, scaler, cfg, loss)
         run.step, run.reads = run.step + 1, run.reads + run.batch_rows
+        run.flops += run.batch_rows * seq_len * model.flops_per_token()
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
-        finite = math.isfinite(loss + norm)
-        update(optimizers, scaler, lr_at(p, cfg), finite)
+        update(optimizers, scaler, lr_at(p, cfg), finite := math.isfinite(loss + norm))
         if finite:
             run.loss_sum, run.loss_count, run.grad_norm, not_finite = run.loss_sum + loss, run.loss_count + 1, norm, 0
         else:
@@ -800,8 +801,7 @@ def fill(folder, text, top=5):
     if not where or len(tokens) > model.seq_len:
         fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
              f"found, and at most {model.seq_len} tokens")
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, : -len(SPECIALS)]  # (K, words)
+    logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, : -len(SPECIALS)]  # (K, words)
     best = [part.tolist() for part in logits.softmax(-1).topk(top)]  # probabilities and tokens, each (K, top)
     return [[(tokenizer.decode([token]), p) for p, token in zip(*pair, strict=True)] for pair in zip(*best, strict=True)]
 

@@ -595,6 +595,23 @@ def test_model_equals_a_float64_recomputation(settings):
     assert np.abs(got - expected).max() < 1e-5  # the position table itself is float32
 
 
+def test_later_blocks_join_as_the_identity():
+    depths = {layers: cram.depth_at(0.49, cram.Config(layers=layers, shallow=0.5)) for layers in (1, 2, 3, 4, 6, 16)}
+    assert depths == {1: 1, 2: 2, 3: 2, 4: 2, 6: 3, 16: 8}
+    assert cram.depth_at(0.5, cram.Config(layers=16, shallow=0.5)) == cram.depth_at(0, cram.Config(layers=16)) == 16
+    model, cfg = small_model(layers=4)
+    for block in model.blocks[:2]:
+        torch.nn.init.normal_(block.attn_out.weight)
+        torch.nn.init.normal_(block.ffn_out.weight)
+    tokens, flops = torch.randint(0, 46, (2, 16)), model.flops_per_token()
+    whole = model.encode(tokens)
+    model.depth = 2
+    assert torch.equal(whole, model.encode(tokens))
+    assert flops - model.flops_per_token() == 2 * (6 * (4 * 32 * 32 + 32 * 64 + 32 * 32) + 12 * 32 * 16)
+    model.depth = 1
+    assert not torch.allclose(whole, model.encode(tokens))
+
+
 def test_base_is_the_papers_model():
     cfg = cram.make_config({"size": "base", "recipe": "cram"})
     with torch.device("meta"):
@@ -754,6 +771,31 @@ def test_counted_budgets_overshoot_by_less_than_a_step(tmp_path, data, budget):
     assert amount <= spent < amount + step and float(last["lr"]) == 0
 
 
+@pytest.mark.parametrize("recipe", ["modern", "cram"])
+def test_half_of_the_blocks_train_alone_until_shallow(tmp_path, data, monkeypatch, recipe):
+    """Till then the other blocks keep their first weights, and a token costs less: flops and estimate say how much."""
+    flags = ["--data", str(data), "--recipe", recipe, *SMALL, "--layers", "4", "--shallow", "0.5", "--batch_ramp", "0", "--log_every", "1"]
+    first = cram.build(cram.make_config(cram.parse_flags(cram.Config, flags, "")), 380, 32, torch.device("cpu"), "fp32")[0]
+    weights, update = [], cram.update
+
+    def remember(optimizers, scaler, share, finite):
+        update(optimizers, scaler, share, finite)
+        weights.append([p.detach().clone() for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]])
+
+    monkeypatch.setattr(cram, "update", remember)
+    cram.main([*flags, "--out", str(tmp_path), "--budget", "1.5e9flops"])
+    rows = log_of(tmp_path)
+    spent = [float(b["exaflops"]) * 1e18 - float(a["exaflops"]) * 1e18 for a, b in pairwise([{"exaflops": 0}, *rows])]
+    deep = first.flops_per_token()
+    first.depth = 2
+    costs = [8 * 32 * (first.flops_per_token() if p < 0.5 else deep) for p in (0, *(float(row["progress"]) for row in rows[:-1]))]
+    assert spent == pytest.approx(costs) and costs[0] < costs[-1] and 1.5e9 <= sum(spent) < 1.5e9 + costs[-1]
+    step = costs.index(costs[-1])  # the first with all blocks
+    moved = [[not torch.equal(a, b) for a, b in zip(weights[i], weights[j], strict=True)] for i, j in ((0, step - 1), (step - 1, -1))]
+    idle = 4 * 2 + 2 * 2 * (1 + (recipe == "cram"))  # tensors of two blocks: four matrices, two norms with or without bias
+    assert len(moved[0]) - sum(moved[0]) == idle and all(moved[1])
+
+
 def test_first_pass_keeps_the_order_and_covers_it_all():
     def rows(reads, planned, shuffle=False):
         return [int(cram.row_at(read, 10, planned, cram.Config(shuffle=shuffle))) for read in reads]
@@ -818,7 +860,7 @@ def script(*words):
 
 def test_resume_equals_uninterrupted(tmp_path, data):
     """Killed (SIGKILL, real processes) at random moments and resumed until it is done: the same run, bit for bit."""
-    flags = ["--data", str(data), "--budget", "240steps", *SMALL, "--dropout", "0.1"]
+    flags = ["--data", str(data), "--budget", "240steps", *SMALL, "--dropout", "0.1", "--layers", "3", "--shallow", "0.5"]
     cram.main([*flags, "--out", str(tmp_path / "whole")])
     out, kills, resumed = tmp_path / "killed", 0, ["--resume", "--out", str(tmp_path / "killed"), "--data", str(data)]
     while kills < 2:
@@ -976,7 +1018,8 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, m
 def test_two_processes_train_like_one(tmp_path, data):
     """torchrun with two gloo processes, stopped by SIGTERM, and ended by one process: the losses of one process that
     did it all."""
-    flags = ["--data", str(data), "--budget", "200steps", *SMALL, "--batch_size", "16", "--log_every", "1", "--recipe", "cram", "--lr", "1e-3"]
+    flags = ["--data", str(data), "--budget", "200steps", *SMALL, "--batch_size", "16", "--log_every", "1", "--recipe", "cram",
+             "--lr", "1e-3", "--layers", "3", "--shallow", "0.5"]
     one, both = tmp_path / "one", tmp_path / "both"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "cram.py")]
     cram.main([*flags, "--out", str(one)])
