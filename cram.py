@@ -714,7 +714,7 @@ def train(given):
             reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
             left, speed, run.reserve = agreed((max(1.0, amount - reserve - elapsed()), speed, reserve), world, device)
         model.depth = depth_at(0, cfg)
-        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # tokens for the same
+        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # times the tokens: half the blocks cost less
         run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token / more, speed * more) / seq_len)
     planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
     log = open_log(out / "log.csv", run.logged) if rank == 0 else None
