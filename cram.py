@@ -262,7 +262,7 @@ class Model(nn.Module):
         logits = F.linear(x, self.embedding.weight, self.decoder_bias)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     def flops_per_token(self):
-        """Model FLOPs to train on a token: 6 per matrix weight that it passes, and 12 S W a block of attention."""
+        """Model FLOPs to train on a token: 6 a weight of block or decoder that it passes, 12 S W a block of attention."""
         c, weights = self.cfg, sum(p.numel() for p in self.blocks[: self.depth].parameters() if p.ndim == 2)
         decoder = mask_counts(c, self.seq_len)[0] / self.seq_len * self.vocab_size * c.width
         return 6 * (weights + decoder) + 12 * self.depth * c.width * self.seq_len
@@ -369,7 +369,7 @@ def batch_at(p, cfg):
     return cfg.micro_batch * round(1 + (cfg.batch_size // cfg.micro_batch - 1) * p / cfg.batch_ramp)
 
 def depth_at(p, cfg):
-    """Blocks in use at progress p. With zero_init the later ones join as the identity (Gong et al. 2019 copied them)."""
+    """Blocks in use at progress p. In modern the later ones join as the identity (Gong et al. 2019 copied them)."""
     return min(cfg.layers, max(2, cfg.layers // 2)) if p < cfg.shallow else cfg.layers  # one alone learns too little
 
 def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
@@ -542,9 +542,8 @@ def resume_config(given):
               if name not in may_change and value not in (saved[name], "auto")]
     if differ:
         fail(f"cannot resume: {'; '.join(differ)}. Leave these flags out, or start a new run with another --out")
-    cfg = Config(**saved | {name: value for name, value in given.items() if name in may_change})
-    cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    return cfg, state
+    kept = {name: value for name, value in given.items() if name in may_change and name != "micro_batch"}
+    return Config(**saved | kept), state
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices: steps by the momentum with its singular values made about 1. As
@@ -603,11 +602,11 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
             model.zero_grad()
         if micro == 1:
             fail("one row at a time is too much for the memory of this device: choose a smaller --size")
-        micro = -(-min(micro, *map(len, parts)) // 2)
+        micro = -(-min(micro, max(map(len, parts))) // 2)
         print(f"out of memory: on with {micro} rows at a time; the batch stays what it was", flush=True)
 
 def measure(model, optimizers, scaler, cfg, loss):
-    """Clips the gradient; (loss, its norm before): two numbers, and the one place where a step waits for the device."""
+    """Clips the gradient; (loss, the gradient's norm before): two numbers, the one place where a step waits for the device."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     return torch.stack((loss, nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))).tolist()
@@ -659,7 +658,8 @@ def train(given):
     start = time.monotonic() - (state["run"]["seconds"] if state else 0.0)
     model, forward, optimizers, scaler = build(cfg, vocab_size, seq_len, device, dtype)
     flops_per_token, machine_rate = model.flops_per_token(), matmul_rate(device, dtype)
-    run, micro, failures, signals = Run(**state["run"]) if state else Run(), cfg.micro_batch, [], []
+    run, failures, signals = Run(**state["run"]) if state else Run(), [], []
+    micro = given.get("micro_batch", cfg.micro_batch)  # rows at a time; cfg's is also the unit of the ramp
     # The validation rows are masked once, with default settings and seed, so figures of runs compare.
     val = torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64)).to(device)
     val = mask_rows(val, torch.arange(len(val), device=device), Config(), vocab_size)
@@ -669,7 +669,7 @@ def train(given):
     def progress():
         """(share of the budget that is spent, signal that asks to stop or 0): rank 0 decides for all."""
         spent = {"seconds": elapsed(), "steps": run.step, "tokens": run.reads * seq_len, "flops": run.flops}[unit]
-        return agreed([min(1.0, spent / (amount - run.reserve)), sum(signals)], world, device)
+        return agreed([min(1.0, spent / (amount - run.reserve)), max(signals, default=0)], world, device)
     def gradient(rows):
         """The loss after accumulate on this process's share of the run's next `rows` rows."""
         nonlocal micro
@@ -696,7 +696,7 @@ def train(given):
                "versions": {"python": sys.version, "torch": str(torch.__version__), "numpy": np.__version__}}
         if rank == 0:
             guarded(write_whole, out / "checkpoint.pt", lambda file: torch.save(now, file), True)
-            if run.logged:  # there is something to draw
+            with suppress(SystemExit):  # there may be no loss to draw yet
                 guarded(plot, [out], Plot(f"{out}/curve.svg", "tokens", log=False, unigram=unigram))
         return elapsed() - run.seconds
     if state:
@@ -718,15 +718,15 @@ def train(given):
         run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token / more, speed * more) / seq_len)
     planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
     log = open_log(out / "log.csv", run.logged) if rank == 0 else None
-
-    print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers{f" ({depth_at(0, cfg)} until {cfg.shallow:.0%})" * (depth_at(0, cfg) < cfg.layers)}, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
+    at_first = f" ({depth_at(0, cfg)} until {cfg.shallow:.0%})" if depth_at(0, cfg) < cfg.layers else ""
+    print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers{at_first}, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
 {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
 machine  {f"{world} x " * (world > 1)}{device.type}, {dtype} ({reason}), {"eager" if forward is model else "compiled"}, {machine_rate / 1e9:.0f} GFLOP/s
 data     {cfg.data}: {len(train_rows)} rows of {seq_len} tokens, vocabulary {vocab_size}, unigram line {unigram:.3f} nats
 budget   {cfg.budget}, about {run.planned_rows * seq_len / 1e6:.3g} M tokens: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows
 start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one is noted, a second one stops at once
-        signal.signal(number, lambda number, _: signals.append(signal.signal(number, signal.SIG_DFL) and number))
+        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     p, stop = progress()
     saving = save()  # shows that the folder can be written, and how long it takes: the end makes two
     run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve
@@ -749,7 +749,8 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             if rank == 0:
                 guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
-                shown, left = (p, seconds), max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
+                shown = (p, seconds)
+                left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
                 print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}{f'  val {run.val_loss:.3f}' * evaluation_due}  lr {lr:.1e}  batch {run.batch_rows}  "
                       f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
             last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
@@ -765,13 +766,12 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
         update(optimizers, scaler, lr_at(p, cfg), finite := math.isfinite(loss + norm))
         if finite:
-            run.loss_sum, run.loss_count, run.grad_norm, not_finite = run.loss_sum + loss, run.loss_count + 1, norm, 0
-        else:
-            run.skipped, not_finite = run.skipped + 1, not_finite + 1
+            run.loss_sum, run.loss_count, run.grad_norm = run.loss_sum + loss, run.loss_count + 1, norm
+        run.skipped, not_finite = run.skipped + (not finite), 0 if finite else not_finite + 1
         if not_finite >= 10 and scaler.get_scale() <= 1:  # fp16 may first need many smaller scales
             fail(f"no finite loss or gradient for {not_finite} steps up to step {run.step}, at learning rate "
-                 f"{cfg.lr * lr_at(p, cfg):.2g}; {out}/checkpoint.pt holds the last good save: --resume with --dtype fp32, or start "
-                 "again with a smaller --lr")
+                 f"{cfg.lr * lr_at(p, cfg):.2g}; {out}/checkpoint.pt holds the last good save: "
+                 "--resume with --dtype fp32, or start again with a smaller --lr")
     if stop:
         print(f"\nstopped at step {run.step}, {p:.1%} of the budget. Go on with: python cram.py --resume --out {out}")
         raise SystemExit(128 + int(stop))
@@ -790,7 +790,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
 def fill(folder, text, top=5):
     """For every [MASK] in `text`, its `top` most likely tokens: a list of lists of (token's text, probability)."""
     from prepare_data import normalise
-    model, tokenizer, _ = load_model(folder, dropout=0.0)
+    model, tokenizer, _ = load_model(folder)
     sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
     parts = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
@@ -837,7 +837,7 @@ def main(argv=None):
             fail(f"{error}: what checkpoint.pt held before is kept")
         except KeyboardInterrupt:  # before the loop, which catches the first one
             raise SystemExit(130) from None
-    elif command == "plot" and rest and not rest[0].startswith("--"):
+    elif command == "plot" and rest and (rest[0] == "--help" or not rest[0].startswith("--")):
         outs = rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)]
         print(plot(outs, Plot(**parse_flags(Plot, rest[len(outs):], plot.__doc__))))
     elif command == "fill" and len(rest) == 2:

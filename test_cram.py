@@ -892,14 +892,17 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, data):
     assert cram.load_checkpoint(tmp_path)["run"]["step"] >= 6
 
 
-def test_resume_with_a_larger_micro_batch_stays_within_the_batch(tmp_path, data, monkeypatch):
-    flags = ["--data", str(data), "--out", str(tmp_path), "--budget", "20steps", *SMALL, "--batch_ramp", "0.9", "--log_every", "1"]
+@pytest.mark.parametrize("rows", ["1", "128"])
+def test_another_micro_batch_at_a_resume_leaves_the_batches_as_they_were(tmp_path, data, monkeypatch, rows):
+    flags = ["--data", str(data), "--budget", "20steps", *SMALL, "--batch_ramp", "0.9", "--log_every", "1"]
+    cram.main([*flags, "--out", str(tmp_path / "whole")])
     batch_at = cram.batch_at  # called once a step
     monkeypatch.setattr(cram, "batch_at", lambda p, cfg: (p == 0.25 and os.kill(os.getpid(), signal.SIGTERM)) or batch_at(p, cfg))
     with pytest.raises(SystemExit):
-        cram.main(flags)
-    cram.main(["--resume", "--data", str(data), "--out", str(tmp_path), "--micro_batch", "128"])
-    assert {row["batch_rows"] for row in log_of(tmp_path)} <= {"4", "8"} and len(log_of(tmp_path)) == 20
+        cram.main([*flags, "--out", str(tmp_path / "cut")])
+    cram.main(["--resume", "--data", str(data), "--out", str(tmp_path / "cut"), "--micro_batch", rows])
+    batches = [[row["batch_rows"] for row in log_of(tmp_path / name)] for name in ("whole", "cut")]
+    assert batches[0] == batches[1] and len(set(batches[0])) > 1
 
 
 def test_resume_of_a_finished_run_changes_nothing(trained, data):
@@ -991,6 +994,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     assert state["run"]["skipped"] == 3 and all(w.isfinite().all() for w in state["model"].values())
     assert state["optimizers"][-1]["state"][0]["step"] == 17  # AdamW has not seen them
     monkeypatch.undo()
+    monkeypatch.undo()
+    spoil(monkeypatch, {0, 1}, math.inf)
+    batch_at = cram.batch_at  # called once a step
+    monkeypatch.setattr(cram, "batch_at", lambda p, cfg: (p == 1 / 20 and os.kill(os.getpid(), signal.SIGTERM)) or batch_at(p, cfg))
+    with pytest.raises(SystemExit) as stopped:  # at a save that finds no loss to draw
+        cram.main([*flags, "--out", str(tmp_path / "c"), "--budget", "20steps"])
+    assert stopped.value.code == 128 + signal.SIGTERM and [row["train_loss"] for row in log_of(tmp_path / "c")] == ["nan", "nan"]
+    monkeypatch.undo()
     spoil(monkeypatch, range(30, 1000))
     text = message(cram.main, [*flags, "--out", str(tmp_path / "b"), "--budget", "100steps"])
     assert "for 10 steps up to step 40, at learning rate" in text and "holds the last good save" in text
@@ -1013,6 +1024,19 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, m
     assert "out of memory: on with 2 rows at a time" in capsys.readouterr().out and {4, 2} <= set(sizes)
     for a, b in zip(log_of(tmp_path / "a"), log_of(tmp_path / "b"), strict=True):
         assert a["batch_rows"] == b["batch_rows"] and float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), abs=1e-4)
+    lengths, failed = [], []
+
+    def once(tokens, where, targets):
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA")
+        lengths.append(len(tokens))
+        return torch.zeros((), requires_grad=True)
+
+    once.zero_grad = lambda: None
+    scaler, cpu = torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
+    _, micro = cram.accumulate(once, lambda part: (torch.zeros(len(part), 1),) * 3, [range(8), range(8, 9)], 9, 8, scaler, cpu, "fp32")
+    assert micro == 4 and lengths == [4, 4, 1]  # half of the largest part, not of the last
     monkeypatch.setattr(cram.Model, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     assert "choose a smaller --size" in message(cram.main, [*flags, "--out", str(tmp_path / "c")])
 
