@@ -599,7 +599,7 @@ def test_later_blocks_join_as_the_identity():
     depths = {layers: cram.depth_at(0.49, cram.Config(layers=layers, shallow=0.5)) for layers in (1, 2, 3, 4, 6, 16)}
     assert depths == {1: 1, 2: 2, 3: 2, 4: 2, 6: 3, 16: 8}
     assert cram.depth_at(0.5, cram.Config(layers=16, shallow=0.5)) == cram.depth_at(0, cram.Config(layers=16)) == 16
-    model, cfg = small_model(layers=4)
+    model, _ = small_model(layers=4)
     for block in model.blocks[:2]:
         torch.nn.init.normal_(block.attn_out.weight)
         torch.nn.init.normal_(block.ffn_out.weight)
