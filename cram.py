@@ -536,14 +536,13 @@ def plot(outs, ask):
 # ---------------------------------------------------------------------------------------------- train
 def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
-    may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "micro_batch", "log_every")
+    may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "log_every")
     saved = (state := load_checkpoint(given.get("out", Config.out)))["config"]
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
-              if name not in may_change and value not in (saved[name], "auto")]
+              if name not in (*may_change, "micro_batch") and value not in (saved[name], "auto")]
     if differ:
         fail(f"cannot resume: {'; '.join(differ)}. Leave these flags out, or start a new run with another --out")
-    kept = {name: value for name, value in given.items() if name in may_change and name != "micro_batch"}
-    return Config(**saved | kept), state
+    return Config(**saved | {name: value for name, value in given.items() if name in may_change}), state
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices: steps by the momentum with its singular values made about 1. As
@@ -801,7 +800,8 @@ def fill(folder, text, top=5):
     if not where or len(tokens) > model.seq_len:
         fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
              f"found, and at most {model.seq_len} tokens")
-    logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, : -len(SPECIALS)]  # (K, words)
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([tokens]), torch.tensor([where]))[0, :, : -len(SPECIALS)]  # (K, words)
     best = [part.tolist() for part in logits.softmax(-1).topk(top)]  # probabilities and tokens, each (K, top)
     return [[(tokenizer.decode([token]), p) for p, token in zip(*pair, strict=True)] for pair in zip(*best, strict=True)]
 

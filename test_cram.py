@@ -996,7 +996,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     assert state["run"]["skipped"] == 3 and all(w.isfinite().all() for w in state["model"].values())
     assert state["optimizers"][-1]["state"][0]["step"] == 17  # AdamW has not seen them
     monkeypatch.undo()
-    monkeypatch.undo()
     spoil(monkeypatch, {0, 1}, math.inf)
     batch_at = cram.batch_at  # called once a step
     monkeypatch.setattr(cram, "batch_at", lambda p, cfg: (p == 1 / 20 and os.kill(os.getpid(), signal.SIGTERM)) or batch_at(p, cfg))
