@@ -72,7 +72,7 @@ class Config:
     zero_init: bool = opt(False, "output matrices of attention and feed-forward start at 0")
     dropout: float = opt(0.0, "on embedding, attention and feed-forward outputs [4.3]", 0, 0.99)
     init_std: float = opt(0.02, "standard deviation of the normal that fills every matrix at the start", 0, 1)
-    mask_rate: float = opt(0.25, "share of positions to predict in every row", 0.001, 1, group="the objective [4.3]")
+    mask_rate: float = opt(0.25, "share of positions to predict; auto: 0.4 from width 256, else 0.25", 0.001, 1, group="the objective [4.3]")
     mask_share: float = opt(0.8, "of those, the share shown as [MASK] ...", 0, 1)
     random_share: float = opt(0.1, "... and the share shown as a random token; the rest stays as it is", 0, 1)
     optimizer: str = opt("adamw", "muon: for the blocks' matrices only", "adamw", "muon", group="the optimiser [4.3]")
@@ -94,7 +94,7 @@ RECIPES = {  # name: values that differ from Config's defaults; nothing does in 
     "bert": {"norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True, "dropout": 0.1,
              "mask_rate": 0.15, "lr_start": 0.0, "warmup": 0.01, "cooldown": 0.99, "batch_ramp": 0.0},
     "modern": {"positions": "rotary", "norm_bias": False, "zero_init": True, "optimizer": "muon", "lr_start": 0.0,
-               "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True, "shallow": 0.4},
+               "warmup": 0.05, "cooldown": 0.5, "batch_ramp": 0.0, "shuffle": True, "shallow": 0.6, "mask_rate": "auto"},
 }
 BETAS, EPS = (0.9, 0.98), 1e-12  # AdamW's; LayerNorm has the same epsilon [4.3]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of products; the rest is fp32 [4.1]
@@ -112,19 +112,19 @@ def parse_flags(cls, argv, description):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         words = {tuple: {"nargs": "+"}, bool: {"nargs": "?", "const": True}}.get(f.type, {})
         default = RECIPES[Config.recipe].get(f.name, f.default) if cls is Config else f.default
-        default = " ".join(default) if f.type is tuple else default
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=partial(convert, f), **words,
-                           help=f"{f.metadata['help']} (default: {default})".replace("%", "%%").replace(" (default: )", ""),
+        shown = " ".join(default) if f.type is tuple else default
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=partial(convert, f, default), **words,
+                           help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%").replace(" (default: )", ""),
                            metavar="|".join(map(str, f.metadata["choices"])).lower() or {bool: "true|false"}.get(f.type, f.name.upper()))
     return vars(parser.parse_args(argv))
 
-def convert(f, word):
-    """A word of the command line as a value that the field `f` allows, its default always; or else argparse's error."""
+def convert(f, default, word):
+    """A word of the command line as a value that the field `f` allows, `default` always; or else argparse's error."""
     choices, limits = f.metadata["choices"], f.metadata["limits"]
     read = {tuple: str, bool: lambda word: {"true": True, "false": False}[word.lower()]}.get(f.type, f.type)
     with suppress(ValueError, KeyError):
-        value = word if word == f.default else read(word)
-        if value == f.default or (value in choices if choices else not limits or limits[0] <= value <= limits[1]):
+        value = word if word == default else read(word)
+        if value == default or (value in choices if choices else not limits or limits[0] <= value <= limits[1]):
             return value
     expected = ", ".join(map(str, choices)) or {int: "a whole number", float: "a number"}.get(f.type, "true or false")
     span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
@@ -138,6 +138,7 @@ def make_config(given):
     for name, value in zip(("layers", "width", "heads", "ffn_width"), SIZES[cfg.size], strict=True):
         setattr(cfg, name, getattr(cfg, name) or value)
     cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
+    cfg.mask_rate = (0.4 if cfg.width >= 256 else 0.25) if cfg.mask_rate == "auto" else cfg.mask_rate  # Wettig et al. 2023
     if cfg.mask_share + cfg.random_share > 1:
         fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
@@ -335,8 +336,7 @@ def next_batch(rows, run, cfg, vocab_size, device, reads):
     tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg) for read in reads]].astype(np.int64))
     tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # a copy that waits for nothing
     torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # of dropout: a resumed run draws the same
-    numbers = torch.arange(reads[0], reads[-1] + 1, device=device)
-    return mask_rows(tokens.to(device, non_blocking=True), numbers, cfg, vocab_size)
+    return mask_rows(tokens.to(device, non_blocking=True), torch.arange(reads.start, reads.stop, device=device), cfg, vocab_size)
 
 @torch.no_grad()
 def evaluate(model, batches, device, dtype):

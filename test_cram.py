@@ -627,6 +627,14 @@ def test_base_is_the_papers_model():
         "recipe", "size", "layers", "width", "heads", "ffn_width", "lr"}  # the recipe changes nothing else
 
 
+def test_modern_masks_more_where_the_model_is_wide():
+    rates = [[cram.make_config({"recipe": r, "size": size}).mask_rate for size in ("tiny", "mini", "base")] for r in cram.RECIPES | {"cram": {}}]
+    assert rates == [[0.15] * 3, [0.25, 0.4, 0.4], [0.25] * 3]  # bert, modern, cram
+    given = cram.parse_flags(cram.Config, ["--mask_rate", "auto", "--width", "64"], "")  # the default that -h shows can be typed
+    assert given == {"mask_rate": "auto", "width": 64} and cram.make_config(given).mask_rate == 0.25
+    assert cram.make_config({"mask_rate": 0.3, "size": "mini"}).mask_rate == 0.3
+
+
 def test_initialisation():
     model, _ = small_model(recipe="cram", width=256, heads=4, ffn_width=1024)
     for name, p in model.named_parameters():
@@ -1278,7 +1286,8 @@ def test_flags_both_ways_and_help(capsys):
             main(["-h"])
         assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text for name in ("mask_rate", "vocab_size", "glue_dir")) and "(default: 0.25)" in text
+    assert all(f"--{name} " in text for name in ("mask_rate", "vocab_size", "glue_dir"))
+    assert "0.4 from width 256, else 0.25 (default: auto)" in " ".join(text.split()) and "(default: 0.5)" in text
     groups = [line[:-1] for line in text.rpartition("usage:")[2].splitlines() if re.fullmatch(r"\w.*:", line)]
     assert groups == ["options", "the score", "the setting [2]", "the machine"]
 
