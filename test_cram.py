@@ -769,6 +769,16 @@ def test_a_time_budget_by_the_real_clock(tmp_path, data):
     assert 2.5 < seconds < 3.5 and time.monotonic() - start < 5
 
 
+def test_validation_has_the_same_masks_whatever_the_run_hides(tmp_path, data):
+    """Nothing is learnt at these rates, so only the masks of the validation rows could make a difference."""
+    still = ["--data", str(data), "--budget", "1steps", *SMALL, "--lr", "1e-9", "--muon_lr", "1e-9"]
+    losses = []
+    for rate in ("0.1", "0.25", "0.9"):
+        cram.main([*still, "--mask_rate", rate, "--out", str(tmp_path / rate)])
+        losses.append(float(log_of(tmp_path / rate)[-1]["val_loss"]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
 @pytest.mark.parametrize("budget", ["6000tokens", "3e9flops"])
 def test_counted_budgets_overshoot_by_less_than_a_step(tmp_path, data, budget):
     cram.main(["--data", str(data), "--out", str(tmp_path), "--budget", budget, *SMALL])
