@@ -34,7 +34,6 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-
 # ------------------------------------------------------------------------------ settings, the machine
 def opt(default, help, *allowed, group=None):
     """A field that is also a flag: default, help, lowest and highest value or choices, and a title above it in -h."""
@@ -139,8 +138,11 @@ def make_config(given):
         setattr(cfg, name, getattr(cfg, name) or value)
     cfg.lr = (2e-3 if cfg.optimizer == "muon" else 1e-3) * (768 / cfg.width) ** 0.75 if cfg.lr == "auto" else cfg.lr
     cfg.mask_rate = (0.4 if cfg.width >= 256 else 0.25) if cfg.mask_rate == "auto" else cfg.mask_rate  # Wettig et al. 2023
-    if cfg.mask_share + cfg.random_share > 1:
-        fail(f"mask_share and random_share sum to {cfg.mask_share + cfg.random_share}: expected at most 1")
+    for name, other in (("mask_share", "random_share"), ("warmup", "cooldown")):  # above 1 the lr would not reach its peak
+        if (total := getattr(cfg, name) + getattr(cfg, other)) > 1:
+            fail(f"{name} {getattr(cfg, name)} and {other} {getattr(cfg, other)} sum to {total:g}: expected at most 1")
+    if "muon_lr" in given and cfg.optimizer == "adamw":
+        fail("muon_lr does nothing with the optimizer adamw: leave it out, or add --optimizer muon")
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
         fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected even ones, the width even for each head")
     return cfg
@@ -488,8 +490,7 @@ def draw(path, series, x_label, log):
     write_whole(path, lambda file: file.write("\n".join((SVG_HEAD.format(max(410, key + 20)), *out, "</svg>\n")).encode()))
 
 def power_law(points):
-    """([(C, L), ...], (L0, a, b)): the lower envelope of `points` and L = L0 + a C^-b, L0 >= 0, through it by least
-    squares; None for the law if the envelope has fewer than four points."""
+    """(lower envelope [(C, L), ...] of `points`, least squares (L0, a, b) of L = L0 + a C^-b, L0 >= 0; None below 4 points)."""
     points = sorted(points)
     envelope = [(c, loss) for i, (c, loss) in enumerate(points) if all(loss < lower for _, lower in points[:i])]
     (c, loss), fits = np.array(envelope).reshape(-1, 2).T, []
@@ -570,8 +571,7 @@ def make_optimizers(model, cfg, dtype):
     groups = [{"params": [p for p in rest if (p.ndim >= 2) == decays], "peak": cfg.lr, "weight_decay": cfg.weight_decay * decays}
               for decays in (True, False)]  # matrices decay, norms and biases do not [4.3]
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
-    dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return [Muon(blocks, cfg.muon_lr, cfg.weight_decay, dtype), adamw] if blocks else [adamw]
+    return [Muon(blocks, cfg.muon_lr, cfg.weight_decay, DTYPES[dtype.replace("fp16", "fp32")]), adamw] if blocks else [adamw]
 
 def build(cfg, vocab_size, seq_len, device, dtype):
     """(model, the same compiled if asked for, optimisers, fp16's loss scaler): what accumulate and update need."""

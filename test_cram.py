@@ -1252,7 +1252,9 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
     assert "'tarin' is not understood" in message(cram.main, ["tarin"])
     assert "expected even ones, the width even for each head" in run("--width", "100", "--heads", "3")
     assert "cannot be used here" in run("--device", "abacus")
-    assert "sum to 1.4: expected at most 1" in run("--mask_share", "0.9", "--random_share", "0.5")
+    assert "mask_share 0.9 and random_share 0.5 sum to 1.4: expected at most 1" in run("--mask_share", "0.9", "--random_share", "0.5")
+    assert "warmup 0.75 and cooldown 0.5 sum to 1.25: expected at most 1" in run("--warmup", "0.75")  # modern falls over half
+    assert "muon_lr does nothing with the optimizer adamw" in run("--recipe", "cram", "--muon_lr", "0.02")
     for flag, word, expected in (
         ("recipe", "gpt", "bert, cram, modern"), ("size", "huge", "auto, tiny, mini, small, base, large"), ("mask_rate", "1.5", "a number from 0.001 to 1"),
         ("dtype", "int8", "auto, bf16, fp16, fp32"), ("lr", "fast", "a number from 1e-09 to 10"), ("lr", "nan", "a number from 1e-09 to 10"),
