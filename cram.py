@@ -62,7 +62,7 @@ class Config:
     heads: int = opt(0, "attention heads; 0: from size (base: 12)", 0, 2**10)
     ffn_width: int = opt(0, "feed-forward width before the gate halves it; 0: from size (base: 3072)", 0, 2**18)
     norm: str = opt("pre", "LayerNorm before or after each part of a block", "pre", "post")
-    shallow: float = opt(0.0, "share of the budget in which only the first half of the blocks, at least 2, is trained", 0, 1)
+    shallow: float = opt(0.0, "share of the budget in which only the first half of the blocks, at least 2, is trained", 0, 0.99)
     gated: bool = opt(True, "feed-forward with a gate, which halves its width")
     positions: str = opt("sinusoidal", "how a token knows its place", "sinusoidal", "learned", "rotary")
     head: bool = opt(False, "dense layer, GELU, LayerNorm and a bias around the decoder")
@@ -322,7 +322,7 @@ def mask_rows(rows, reads, cfg, vocab_size):
 
 def row_at(read, total, planned, cfg):
     """Which of `total` rows is the `read`-th that a run reads, if it expects to read `planned`."""
-    # The first pass keeps the order on disk [4.4]: all of it, or rows evenly from all of it. Later ones are shuffled.
+    # Unless cfg.shuffle: first the order on disk [4.4], all of it or rows evenly from all of it; then shuffled passes.
     first = 0 if cfg.shuffle else min(total, planned)
     if read < first:
         return read * total // first
@@ -330,7 +330,7 @@ def row_at(read, total, planned, cfg):
 
 @lru_cache(maxsize=2)
 def shuffled(total, seed, number):
-    """The order of the rows (total,) in later pass `number`."""
+    """The order of the rows (total,) in shuffled pass `number`, counted from 0."""
     return np.random.default_rng((seed, number)).permutation(np.arange(total, dtype=np.uint32))
 
 def next_batch(rows, run, cfg, vocab_size, device, reads):
@@ -353,11 +353,11 @@ def evaluate(model, batches, device, dtype):
 def parse_budget(text):
     """'5m' -> (300.0, 'seconds'). Units: s m h; steps, tokens and flops, which may have k, M, G or B before."""
     match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))", text)
-    amount = float(match[1]) if match else 0
+    scale = {"s": 1, "m": 60, "h": 3600, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+    amount = float(match[1]) * scale[match[2] or match[3]] if match else 0
     if not 0 < amount < math.inf:
         fail(f"budget {text!r} is not understood: expected one like 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops")
-    scale = {"s": 1, "m": 60, "h": 3600, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2] or match[3]]
-    return amount * scale, match[4] or "seconds"
+    return amount, match[4] or "seconds"
 
 def lr_at(p, cfg):
     """Share of the peak learning rate at progress p in [0, 1]: up, level and down to 0; cram's is a triangle [4.3]."""
@@ -376,7 +376,7 @@ def depth_at(p, cfg):
 
 def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size where it is `auto`; returns the tokens that the budget is to buy.
-    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or there are too few steps to leave the line."""
+    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or too few steps to leave the plateau."""
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
         rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
         tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
@@ -399,10 +399,10 @@ class Run:
     flops: float = 0.0  # model FLOPs spent
     seconds: float = 0.0  # spent at the last save
     logged: int = 0  # step of the last row of the log
-    evals: int = 0  # evaluations done
+    evals: int = 0  # how many of the planned evaluations are behind (one step may pass several)
     val_loss: float = math.nan  # of the last evaluation
-    batch_rows: int = 0  # of the last step, as the next one
-    grad_norm: float = 0.0  # before clipping
+    batch_rows: int = 0  # of the last step
+    grad_norm: float = 0.0  # of the last finite step, before clipping
     loss_sum: float = 0.0  # of the steps since the last row of the log ...
     loss_count: int = 0  # ... and how many they are
     planned_rows: int = 2**62  # that the budget was expected to buy, at the start
@@ -412,6 +412,7 @@ class Run:
 def write_whole(path, write, keep=False):
     """Calls write(file) on a file that then replaces `path`: a kill leaves old or new. keep: the old one as NAME.prev.X."""
     path, part = Path(path), Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             write(file)
@@ -432,7 +433,7 @@ def load_checkpoint(folder):
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
-        state = {CHECKPOINT_FORMAT: state}[state["format"]]  # no other
+        state = {CHECKPOINT_FORMAT: state}[state["format"]]  # of another version: a KeyError
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         other = path != previous and previous.is_file()
         instead = f"mv {previous} {path} takes the one before it" if other else "use a copy, or train again"
@@ -449,12 +450,11 @@ def load_model(folder, trained=True, **overrides):
 
 def read_log(path):
     """The rows of a log.csv, each {column: text}; a piece of one, as a power cut or a full disk leaves it, is none."""
-    header, *rows = [line.split(",") for line in Path(path).read_text().splitlines()] or [()]
+    header, *rows = [line.split(",") for line in Path(path).read_text().rpartition("\n")[0].splitlines()] or [()]
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) == len(header)]
 
 def open_log(path, step):
     """log.csv, open for appending behind its header and its rows up to `step`: where a resumed run goes on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row.values() for row in read_log(path) if int(row["step"]) <= step] if step and path.is_file() else []
     write_whole(path, lambda file: file.write("".join(",".join(row) + "\n" for row in (COLUMNS, *rows)).encode()))
     return open(path, "a", buffering=1)  # a row is on the disk as soon as it is written
@@ -475,10 +475,10 @@ def draw(path, series, x_label, log):
     def up(y):
         return round(360 - 348 * (y - low) / (high - low), 1)
     out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
-    for y in np.arange(math.ceil(low), high, 1 if high - low > 3 else 0.5):
+    for y in np.arange(math.ceil(low / (by := 1 if high - low > 3 else 0.5 if high - low > 1 else 0.1)) * by, high, by):
         out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" dy=".3em" text-anchor="end">{y:.4g}</text>')
     numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7))]
-    for x in [x for x in numbers if left <= x <= right] if log else np.arange(0, right, min(x for x in numbers if 8 * x > right)):
+    for x in [x for x in numbers if left <= x <= right] or [left, right] if log else np.arange(0, right, min(x for x in numbers if 8 * x > right)):
         out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
         line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
@@ -511,11 +511,11 @@ class Plot:
 
 def plot(outs, ask):
     """plot OUT [OUT ...] [flags]: the losses of runs (folders, log.csv files, or folders of such) against what they have
-    spent, a colour each; dots: validation; and a power law L = L0 + a C^-b through the lower envelope of the dots."""
-    series, points, levels = [], [], {ask.unigram} - {0.0}
+    spent, a colour each; dots: validation; a power law L = L0 + a C^-b through their lower envelope, drawn if x is logarithmic."""
+    series, points, levels, (x_label, unit) = [], [], {ask.unigram} - {0.0}, AXES[ask.x]
     for i, out in enumerate(outs):
         paths = [*Path(out).glob("log.csv")] or sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
-        logs, (label, unit) = [read_log(path) for path in paths], AXES[ask.x]
+        logs = [read_log(path) for path in paths]
         training, validation = ([(float(row[ask.x]) * unit, float(row[loss])) for rows in logs for row in rows
                                  if float(row[ask.x]) and row[loss] not in ("", "nan")] for loss in ("train_loss", "val_loss"))
         if not training + validation:
@@ -531,7 +531,7 @@ def plot(outs, ask):
     if law and ask.log:
         cs = np.geomspace(envelope[0][0], envelope[-1][0], 50)
         series.append((text, 7, "dash", list(zip(cs, law[0] + law[1] * cs ** -law[2], strict=True))))
-    draw(ask.to, series, label, ask.log)
+    draw(ask.to, series, x_label, ask.log)
     return f"{ask.to}: {len(points)} validation losses, {len(envelope)} on the lower envelope: {text}"
 
 # ---------------------------------------------------------------------------------------------- train
@@ -567,7 +567,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, cfg, dtype):
     """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest]; `peak` is a group's highest learning rate."""
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if p not in set(blocks)]
+    rest = [p for p in model.parameters() if p not in set(blocks)]  # `in` a list would compare the values
     groups = [{"params": [p for p in rest if (p.ndim >= 2) == decays], "peak": cfg.lr, "weight_decay": cfg.weight_decay * decays}
               for decays in (True, False)]  # matrices decay, norms and biases do not [4.3]
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
@@ -601,7 +601,7 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
             model.zero_grad()
         if micro == 1:
             fail("one row at a time is too much for the memory of this device: choose a smaller --size")
-        micro = -(-min(micro, max(map(len, parts))) // 2)
+        micro = math.ceil(min(micro, max(map(len, parts))) / 2)  # half of the most that were tried
         print(f"out of memory: on with {micro} rows at a time; the batch stays what it was", flush=True)
 
 def measure(model, optimizers, scaler, cfg, loss):
@@ -636,7 +636,7 @@ def sum_over_ranks(model, loss):
 
 def train(given):
     """Trains within a budget and returns the last validation loss in nats; `given`: the flags that were typed. Progress
-    p = spent / budget in [0, 1] drives learning rate, batch and stop [2]; one clock counts everything below."""
+    p = spent / budget in [0, 1] drives learning rate, batch, depth and stop [2]; one clock counts everything below."""
     cfg, state = resume_config(given) if given.get("resume") else (make_config(given), None)
     out, (amount, unit), (device, dtype, reason) = Path(cfg.out), parse_budget(cfg.budget), choose_device(cfg)
     if not state and not cfg.overwrite and any(out.glob("checkpoint*.pt")):
@@ -672,7 +672,7 @@ def train(given):
     def gradient(rows):
         """The loss after accumulate on this process's share of the run's next `rows` rows."""
         nonlocal micro
-        size, reads = min(-(-rows // world), cfg.micro_batch), range(run.reads, run.reads + rows)
+        size, reads = min(math.ceil(rows / world), cfg.micro_batch), range(run.reads, run.reads + rows)
         parts = [reads[i : i + size] for i in range(rank * size, rows, world * size)]  # micro-batches are dealt out
         load = partial(next_batch, train_rows, run, cfg, vocab_size, device)
         loss, micro = accumulate(forward, load, parts, rows, micro, scaler, device, dtype)
@@ -713,7 +713,7 @@ def train(given):
             reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
             left, speed, run.reserve = agreed((max(1.0, amount - reserve - elapsed()), speed, reserve), world, device)
         model.depth = depth_at(0, cfg)
-        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # times the tokens: half the blocks cost less
+        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # tokens for each at full depth
         run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token / more, speed * more) / seq_len)
     planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
     log = open_log(out / "log.csv", run.logged) if rank == 0 else None
@@ -729,22 +729,22 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     p, stop = progress()
     saving = save()  # shows that the folder can be written, and how long it takes: the end makes two
     run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve
-    saved, shown, last_seconds, last_reads, not_finite = p, (-1.0, 0.0), elapsed(), run.reads, 0
+    saved, shown, last, not_finite = p, (-1.0, 0.0), (elapsed(), run.reads, run.flops), 0
     while True:
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
         evals, model.depth = int(p * (planned_evals + 1)), depth_at(p, cfg)
         evaluation_due = run.step > run.logged and (p >= 1 or evals > run.evals)
-        often = evaluation_due or p >= saved + 0.05 or elapsed() >= run.seconds + 600  # a failing evaluation loses nothing
-        if p >= 1 or stop or (often and elapsed() >= run.seconds + 100 * saving):  # saving takes 1% at most
+        save_due = evaluation_due or p >= saved + 0.05 or elapsed() >= run.seconds + 600  # before it evaluates: that may fail
+        if p >= 1 or stop or (save_due and elapsed() >= run.seconds + 100 * saving):  # saving takes 1% at most
             saving, saved = save(), p
         if evaluation_due or (run.step > run.logged and run.step % cfg.log_every == 0):
             if evaluation_due:
                 run.evals, run.val_loss = evals, evaluate(model, val, device, dtype)
             seconds, lr, loss = elapsed(), cfg.lr * lr_at(p, cfg), run.loss_sum / (run.loss_count or math.nan)
-            speed = (run.reads - last_reads) * seq_len / (seconds - last_seconds + 1e-9)
+            speed = (run.reads - last[1]) * seq_len / (took := seconds - last[0] + 1e-9)
             row = (run.step, round(seconds, 2), p, run.reads * seq_len, run.flops / 1e18, lr, run.batch_rows, loss,
                    run.val_loss if evaluation_due else "", run.grad_norm, round(speed),
-                   round(speed * model.flops_per_token() / (machine_rate * world), 4))  # in the order of COLUMNS
+                   round((run.flops - last[2]) / took / (machine_rate * world), 4))  # in the order of COLUMNS
             if rank == 0:
                 guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
@@ -752,7 +752,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
                 left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
                 print(f"{p:6.1%}  step {run.step}  loss {loss:.3f}{f'  val {run.val_loss:.3f}' * evaluation_due}  lr {lr:.1e}  batch {run.batch_rows}  "
                       f"{speed / 1e3:.1f}k tokens/s  {left / 60:.1f} min left", flush=True)
-            last_seconds, last_reads, run.logged, run.loss_count, run.loss_sum = seconds, run.reads, run.step, 0, 0.0
+            last, run.logged, run.loss_count, run.loss_sum = (seconds, run.reads, run.flops), run.step, 0, 0.0
         if stop or p >= 1:
             break
         run.batch_rows = batch_at(p, cfg)
@@ -830,21 +830,21 @@ outside  {max(0.0, 1 - bare / whole):.1%} of the time is not forward, backward o
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
-    if command in ("train", "bench"):
-        try:
+    try:
+        if command in ("train", "bench"):
             {"train": train, "bench": bench}[command](parse_flags(Config, rest, __doc__))
-        except OSError as error:  # a full disk, a folder that may not be written
-            fail(f"{error}: what checkpoint.pt held before is kept")
-        except KeyboardInterrupt:  # before the loop, which catches the first one
-            raise SystemExit(130) from None
-    elif command == "plot" and rest and (rest[0] == "--help" or not rest[0].startswith("--")):
-        outs = rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)]
-        print(plot(outs, Plot(**parse_flags(Plot, rest[len(outs):], plot.__doc__))))
-    elif command == "fill" and len(rest) == 2:
-        for i, answers in enumerate(fill(*rest), 1):
-            print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))
-    else:
-        fail(f'{" ".join(argv)!r} is not understood: expected train, bench, plot OUT ... or fill OUT "a text with a [MASK]."')
+        elif command == "plot" and rest and (rest[0] == "--help" or not rest[0].startswith("--")):
+            outs = rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)]
+            print(plot(outs, Plot(**parse_flags(Plot, rest[len(outs):], plot.__doc__))))
+        elif command == "fill" and len(rest) == 2:
+            for i, answers in enumerate(fill(*rest), 1):
+                print(f"[MASK] {i}  " + "  ".join(f"{token.strip() or repr(token)} {p:.1%}" for token, p in answers))
+        else:
+            fail(f'{" ".join(argv)!r} is not understood: expected train, bench, plot OUT ... or fill OUT "a text with a [MASK]."')
+    except OSError as error:  # a full disk, a folder that may not be written
+        fail(f"{error}: what checkpoint.pt held before is kept")
+    except KeyboardInterrupt:  # before the loop, which catches the first one
+        raise SystemExit(130) from None
 
 if __name__ == "__main__":
     main()
