@@ -136,7 +136,6 @@ def fetch(folder, task):
         if digest and sha256(path) != digest:
             fail(f"{path} has another checksum than the official file: remove it, and try again")
     part, files = Path(f"{folder}.part"), (build_mrpc if task.folder == "MRPC" else unzip)(task, paths)
-    part.mkdir(parents=True, exist_ok=True)
     for split, content in files.items():
         write_whole(part / f"{split}.tsv", lambda file, content=content: file.write(content))
     part.replace(folder)
