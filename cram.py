@@ -164,7 +164,7 @@ def choose_device(cfg):
         return device, "fp16", "with loss scaling"
     flags = Path("/proc/cpuinfo").read_text().split() if device.type == "cpu" and sys.platform == "linux" else ()
     native = device.type == "cuda" or {"amx_bf16", "avx512_bf16", "bf16"} & set(flags)
-    return device, *(("bf16", "native here") if native else ("fp32", "no native bf16 here"))
+    return (device, "bf16", "native here") if native else (device, "fp32", "no native bf16 here")
 
 def time_of(work, device, repeats=3):
     """Seconds that work() takes on the device, after a first call that warms up (and compiles)."""
@@ -209,7 +209,7 @@ class Block(nn.Module):
         return self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, S, W)))
     def feed_forward(self, x):
         """x (B, S, width) -> as x. A gate helps at equal cost, if the width is not raised to make up for it [4.2]."""
-        value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner) each
+        value, gate = self.ffn_in(x).chunk(2, dim=-1) if self.gated else (1.0, self.ffn_in(x))  # (B, S, inner); no gate: 1
         return self.dropout(self.ffn_out(value * F.gelu(gate)))
     def forward(self, x, mask, rotation):
         if self.pre_norm:  # [4.2]: stable at higher learning rates
@@ -265,7 +265,7 @@ class Model(nn.Module):
         logits = F.linear(x, self.embedding.weight, self.decoder_bias)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     def flops_per_token(self):
-        """Model FLOPs to train on a token: 6 a weight of block or decoder that it passes, 12 S W a block of attention."""
+        """Model FLOPs to train on a token: 6 for each weight of blocks and decoder that it meets, and 12 S W of attention a block."""
         c, weights = self.cfg, sum(p.numel() for p in self.blocks[: self.depth].parameters() if p.ndim == 2)
         decoder = mask_counts(c, self.seq_len)[0] / self.seq_len * self.vocab_size * c.width
         return 6 * (weights + decoder) + 12 * self.depth * c.width * self.seq_len
@@ -281,12 +281,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def load_data(folder):
-    """(manifest, tokenizer file's text, training rows, validation rows) of a data folder, whose checksums are checked;
-    rows are memory-mapped uint16 (rows, seq_len)."""
+    """(manifest, tokenizer file's text, training rows, validation rows), checksums verified; rows: mapped uint16 (rows, seq_len)."""
     folder, again = Path(folder), f"prepare it again: python prepare_data.py --source ... --out {folder}"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        expected = {name: {DATA_FORMAT: meta["files"][name]["sha256"]}[meta["format"]] for name in FILES}
+        meta = {DATA_FORMAT: meta}[meta["format"]]  # of another version: a KeyError
+        expected = {name: meta["files"][name]["sha256"] for name in FILES}
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{folder} is no finished data folder (its meta.json is missing, or of another version): {again}")
     for name in FILES:
@@ -297,20 +297,20 @@ def load_data(folder):
 
 def mask_counts(cfg, seq_len):
     """How many tokens of any row are (predicted, shown as [MASK], shown as a random token) [4.3]."""
-    masked = round(cfg.mask_share * (count := max(1, round(cfg.mask_rate * seq_len))))
+    count = max(1, round(cfg.mask_rate * seq_len))
+    masked = round(cfg.mask_share * count)
     return count, masked, round((cfg.mask_share + cfg.random_share) * count) - masked
 
 def uniform(seed, reads, count):
-    """Random numbers (B, count) in [0, 1): a hash of the seed, the reads (B,) and the column, and of nothing else, so
-    the masks of a row are the same in any micro-batch, in a resumed run and on any number of GPUs."""
+    """Random numbers (B, count) in [0, 1): a hash of seed, column and `reads` (B,), each row's number in the order of reading,
+    and of nothing else, so a row's masks are the same in any micro-batch, in a resumed run and on any number of GPUs."""
     x = (seed * 2**32 + reads[:, None]) * 0x1E3779B97F4A7C15 + torch.arange(count, device=reads.device) * 0x3F58476D1CE4E5B9
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # splitmix64's finaliser
-        x = (x ^ ((x >> shift) & (1 << 64 - shift) - 1)) * factor  # >> keeps the sign, so its copies are masked away
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # splitmix64's finaliser, in signed int64
+        x = (x ^ ((x >> shift) & (1 << 64 - shift) - 1)) * factor  # >> copies the sign bit in from the left; & clears the copies
     return (x & 0xFFFFFF).float() / 2**24
 
 def mask_rows(rows, reads, cfg, vocab_size):
-    """Hides part of `rows` (B, S), as the numbers `reads` (B,) decide: (tokens shown (B, S), positions to predict
-    (B, K), the tokens there (B, K))."""
+    """Hides part of `rows` (B, S), seeded by `reads` (B,): (tokens shown (B, S), positions to predict (B, K), tokens there (B, K))."""
     count, masked, randoms = mask_counts(cfg, rows.shape[1])
     noise, for_tokens = uniform(cfg.seed, reads, rows.shape[1] + randoms).split((rows.shape[1], randoms), dim=1)
     where = noise.topk(count).indices  # the K largest, by size: a random choice of K positions in random order
@@ -334,10 +334,10 @@ def shuffled(total, seed, number):
     return np.random.default_rng((seed, number)).permutation(np.arange(total, dtype=np.uint32))
 
 def next_batch(rows, run, cfg, vocab_size, device, reads):
-    """mask_rows of the rows that a run reads as its `reads`, a range of numbers, on the device."""
+    """mask_rows of the run's rows number reads.start to reads.stop - 1, in its order of reading, on the device."""
     tokens = torch.from_numpy(rows[[row_at(read, len(rows), run.planned_rows, cfg) for read in reads]].astype(np.int64))
-    tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # a copy that waits for nothing
-    torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # of dropout: a resumed run draws the same
+    tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # lets the copy below go on in the background
+    torch.manual_seed((cfg.seed * 1_000_003 + reads[0]) & 0xFFFFFFFF)  # dropout's seed: a resumed run drops the same
     return mask_rows(tokens.to(device, non_blocking=True), torch.arange(reads.start, reads.stop, device=device), cfg, vocab_size)
 
 @torch.no_grad()
@@ -376,10 +376,10 @@ def depth_at(p, cfg):
 
 def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second):
     """Fills in cfg.batch_size where it is `auto`; returns the tokens that the budget is to buy.
-    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, or too few steps to leave the plateau."""
+    The paper's 8192 rows fit 1e10 tokens; fewer tokens get fewer rows, for a model learns little in a few dozen steps."""
     if unit == "steps":  # the tokens depend on the batch, so it cannot depend on them
         rows = 32 if cfg.batch_size == "auto" else cfg.batch_size
-        tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))
+        tokens = amount * seq_len * (rows - cfg.batch_ramp / 2 * (rows - min(rows, cfg.micro_batch)))  # the mean batch, with its ramp
     else:
         tokens = amount * {"seconds": tokens_per_second, "tokens": 1, "flops": 1 / flops_per_token}[unit]
         rows = 2 ** max(4 if cfg.optimizer == "muon" else 3, min(13, round(13 + math.log2(max(tokens, 1) / 1e10))))
@@ -388,8 +388,7 @@ def choose_batch(cfg, amount, unit, seq_len, flops_per_token, tokens_per_second)
     return tokens
 
 # ------------------------------------------------------------------------------- checkpoint, log, picture
-COLUMNS = ("step", "seconds", "progress", "tokens", "exaflops", "lr", "batch_rows", "train_loss", "val_loss",
-           "grad_norm", "tokens_per_s", "mfu")
+COLUMNS = tuple("step seconds progress tokens exaflops lr batch_rows train_loss val_loss grad_norm tokens_per_s mfu".split())
 
 @dataclass
 class Run:
@@ -433,12 +432,11 @@ def load_checkpoint(folder):
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
-        state = {CHECKPOINT_FORMAT: state}[state["format"]]  # of another version: a KeyError
+        return {CHECKPOINT_FORMAT: state}[state["format"]]  # of another version: a KeyError
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         other = path != previous and previous.is_file()
         instead = f"mv {previous} {path} takes the one before it" if other else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")
-    return state
 
 def load_model(folder, trained=True, **overrides):
     """(Model, tokenizer, state) from the checkpoint in `folder` alone; trained=False: with new, random weights."""
@@ -449,7 +447,7 @@ def load_model(folder, trained=True, **overrides):
     return model, load_tokenizer(state["tokenizer"], state["meta"]["pattern"]), state
 
 def read_log(path):
-    """The rows of a log.csv, each {column: text}; a piece of one, as a power cut or a full disk leaves it, is none."""
+    """The rows of a log.csv, each {column: text}; a line that a power cut or a full disk cut short is left out."""
     header, *rows = [line.split(",") for line in Path(path).read_text().rpartition("\n")[0].splitlines()] or [()]
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) == len(header)]
 
@@ -475,10 +473,12 @@ def draw(path, series, x_label, log):
     def up(y):
         return round(360 - 348 * (y - low) / (high - low), 1)
     out, key = [f'<text class="mid" x="340" y="400">{x_label}</text><text x="10" y="16">nats</text>'], 10
-    for y in np.arange(math.ceil(low / (by := 1 if high - low > 3 else 0.5 if high - low > 1 else 0.1)) * by, high, by):
+    by = 1 if high - low > 3 else 0.5 if high - low > 1 else 0.1  # nats from one grid line to the next
+    for y in np.arange(math.ceil(low / by) * by, high, by):
         out.append(f'<path class="grid" d="M50 {up(y)}H630"/><text x="42" y="{up(y)}" dy=".3em" text-anchor="end">{y:.4g}</text>')
     numbers = [digit * 10.0**power for power in range(-30, 31) for digit in ((1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7))]
-    for x in [x for x in numbers if left <= x <= right] or [left, right] if log else np.arange(0, right, min(x for x in numbers if 8 * x > right)):
+    inside = [x for x in numbers if left <= x <= right] or [left, right]
+    for x in inside if log else np.arange(0, right, min(x for x in numbers if 8 * x > right)):  # not log: 8 at most
         out.append(f'<path class="grid" d="M{across(x)} 12V360"/><text class="mid" x="{across(x)}" y="378">{x:.3g}</text>')
     for label, colour, style, pairs in series:
         line = ("h0M" if style == "dots" else "L").join(f"{across(x)} {up(y)}" for x, y in pairs)
@@ -515,12 +515,12 @@ def plot(outs, ask):
     series, points, levels, (x_label, unit) = [], [], {ask.unigram} - {0.0}, AXES[ask.x]
     for i, out in enumerate(outs):
         paths = [*Path(out).glob("log.csv")] or sorted(Path(out).rglob("*.csv")) or [Path(out)] * Path(out).is_file()
-        logs = [read_log(path) for path in paths]
-        training, validation = ([(float(row[ask.x]) * unit, float(row[loss])) for rows in logs for row in rows
-                                 if float(row[ask.x]) and row[loss] not in ("", "nan")] for loss in ("train_loss", "val_loss"))
+        rows = [row for path in paths for row in read_log(path) if float(row[ask.x])]  # 0 has no logarithm
+        training, validation = ([(float(row[ask.x]) * unit, float(row[loss])) for row in rows if row[loss] not in ("", "nan")]
+                                for loss in ("train_loss", "val_loss"))
         if not training + validation:
             fail(f"{out} has no log with a loss: expected a run's folder, its log.csv, or a folder of such")
-        series += [("", i % 7, "line", training)] * (len(logs) == 1) + [("/".join(Path(out).parts[-2:]), i % 7, "dots", validation)]
+        series += [("", i % 7, "line", training)] * (len(paths) == 1) + [("/".join(Path(out).parts[-2:]), i % 7, "dots", validation)]
         points += validation
         folders = {path.parent for path in paths if not ask.unigram and (path.parent / "checkpoint.pt").exists()}
         levels |= {load_checkpoint(folder)["meta"]["unigram_nats"] for folder in folders}
@@ -537,7 +537,7 @@ def plot(outs, ask):
 # ---------------------------------------------------------------------------------------------- train
 def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
-    may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "log_every")
+    may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "log_every")  # and micro_batch, see train
     saved = (state := load_checkpoint(given.get("out", Config.out)))["config"]
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
               if name not in (*may_change, "micro_batch") and value not in (saved[name], "auto")]
@@ -605,7 +605,7 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
         print(f"out of memory: on with {micro} rows at a time; the batch stays what it was", flush=True)
 
 def measure(model, optimizers, scaler, cfg, loss):
-    """Clips the gradient; (loss, the gradient's norm before): two numbers, the one place where a step waits for the device."""
+    """Clips the gradient; returns [loss, gradient norm before clipping]. Only here does a step wait for the device."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     return torch.stack((loss, nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))).tolist()
@@ -713,10 +713,11 @@ def train(given):
             reserve = min(len(val) * evaluation, 0.2 * amount)  # the last one is part of the budget too
             left, speed, run.reserve = agreed((max(1.0, amount - reserve - elapsed()), speed, reserve), world, device)
         model.depth = depth_at(0, cfg)
-        more = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # tokens for each at full depth
-        run.planned_rows = math.ceil(choose_batch(cfg, left, unit, seq_len, flops_per_token / more, speed * more) / seq_len)
-    planned_evals = min(20, int(0.06 * run.planned_rows / (64 * len(val))))  # 2% of the budget: a row costs a third
-    log = open_log(out / "log.csv", run.logged) if rank == 0 else None
+        gain = 1 + cfg.shallow * (flops_per_token / model.flops_per_token() - 1)  # tokens for the price of one at full depth
+        tokens = choose_batch(cfg, left, unit, seq_len, flops_per_token / gain, speed * gain)  # sets cfg.batch_size, too
+        run.planned_rows = math.ceil(tokens / seq_len)
+    planned_evals = min(20, int(0.02 * 3 * run.planned_rows / (64 * len(val))))  # 2% of the budget; a row costs a third of a trained one
+    log = open_log(out / "log.csv", run.logged) if rank == 0 else open(os.devnull, "w")
     at_first = f" ({depth_at(0, cfg)} until {cfg.shallow:.0%})" if depth_at(0, cfg) < cfg.layers else ""
     print(f"""model    {cfg.recipe} {cfg.size}: {cfg.layers} layers{at_first}, width {cfg.width}, {cfg.heads} heads, feed-forward {cfg.ffn_width}; \
 {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, {flops_per_token / 1e6:.1f} MFLOP a token
@@ -727,9 +728,9 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one is noted, a second one stops at once
         signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     p, stop = progress()
-    saving = save()  # shows that the folder can be written, and how long it takes: the end makes two
-    run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve
-    saved, shown, last, not_finite = p, (-1.0, 0.0), (elapsed(), run.reads, run.flops), 0
+    saving = save()  # seconds; a folder that cannot be written fails here, not after hours
+    run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve  # two end the run
+    saved, shown, last, not_finite = p, (-1.0, 0.0), (elapsed(), run.reads, run.flops), 0  # at the last save, printed line, log row
     while True:
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.
         evals, model.depth = int(p * (planned_evals + 1)), depth_at(p, cfg)
@@ -745,8 +746,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
             row = (run.step, round(seconds, 2), p, run.reads * seq_len, run.flops / 1e18, lr, run.batch_rows, loss,
                    run.val_loss if evaluation_due else "", run.grad_norm, round(speed),
                    round((run.flops - last[2]) / took / (machine_rate * world), 4))  # in the order of COLUMNS
-            if rank == 0:
-                guarded(log.write, ",".join(map(str, row)) + "\n")
+            guarded(log.write, ",".join(map(str, row)) + "\n")
             if evaluation_due or p >= shown[0] + 0.02 or seconds >= shown[1] + 60:
                 shown = (p, seconds)
                 left = max(0.0, amount - seconds if unit == "seconds" else seconds / p - seconds)
@@ -763,7 +763,8 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         run.step, run.reads = run.step + 1, run.reads + run.batch_rows
         run.flops += run.batch_rows * seq_len * model.flops_per_token()
         p, stop = progress()  # this step included, so that the last one of a budget brings the learning rate to 0
-        update(optimizers, scaler, lr_at(p, cfg), finite := math.isfinite(loss + norm))
+        finite = math.isfinite(loss + norm)
+        update(optimizers, scaler, lr_at(p, cfg), finite)
         if finite:
             run.loss_sum, run.loss_count, run.grad_norm = run.loss_sum + loss, run.loss_count + 1, norm
         run.skipped, not_finite = run.skipped + (not finite), 0 if finite else not_finite + 1
@@ -827,8 +828,7 @@ machine  {device.type}, {dtype} ({reason}), {"eager" if forward is model else "c
 speed    {size * seq_len / whole:.0f} tokens/s, {tflops:.3g} TFLOP/s, MFU {tflops * per_tflop:.1%} of {1 / per_tflop:.3g} TFLOP/s
 outside  {max(0.0, 1 - bare / whole):.1%} of the time is not forward, backward or optimiser""")
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
     command, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     try:
         if command in ("train", "bench"):
@@ -847,4 +847,4 @@ def main(argv=None):
         raise SystemExit(130) from None
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
