@@ -155,9 +155,9 @@ def choose_device(cfg):
         if device.type == "cuda":  # under torchrun each process has its own
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
             device = torch.device("cuda", torch.cuda.current_device())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto")
+        torch.empty(1, device=device), getattr(torch, device.type).synchronize  # it is there, and can be waited for
+    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+        fail(f"device {cfg.device!r} cannot be used here ({str(error).splitlines()[0]}): use --device auto; torchrun: a GPU a process")
     if cfg.dtype != "auto":
         return device, cfg.dtype, "as asked"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -434,8 +434,7 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
         return {CHECKPOINT_FORMAT: state}[state["format"]]  # of another version: a KeyError
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        other = path != previous and previous.is_file()
-        instead = f"mv {previous} {path} takes the one before it" if other else "use a copy, or train again"
+        instead = f"mv {previous} {path} takes the one before it" if path != previous and previous.is_file() else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")
 
 def load_model(folder, trained=True, **overrides):
@@ -538,7 +537,7 @@ def plot(outs, ask):
 def resume_config(given):
     """(Config, state) of the run in given["out"]; stops with a list of the typed flags that differ from the run's."""
     may_change = ("data", "out", "resume", "overwrite", "device", "dtype", "compile", "log_every")  # and micro_batch, see train
-    saved = (state := load_checkpoint(given.get("out", Config.out)))["config"]
+    saved = (state := load_checkpoint(out := given.get("out", Config.out)))["config"] | {"out": out}  # it may have moved
     differ = [f"{name} was {saved[name]} and is now {value}" for name, value in given.items()
               if name not in (*may_change, "micro_batch") and value not in (saved[name], "auto")]
     if differ:
@@ -580,8 +579,8 @@ def build(cfg, vocab_size, seq_len, device, dtype):
     able = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0) and find_spec("triton") and which("cc")
     asked = able if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model, dynamic=False, fullgraph=True) if asked else model
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    return model, forward, make_optimizers(model, cfg, dtype), scaler
+    torch._dynamo.config.recompile_limit = 256  # of shapes: a part's rows may change all through the ramp; the default is 8
+    return model, forward, make_optimizers(model, cfg, dtype), torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
     """Adds to .grad the gradient of the mean loss over `rows` rows, at most `micro` at a time; returns (loss, micro).
@@ -596,7 +595,9 @@ def accumulate(model, load, parts, rows, micro, scaler, device, dtype):
                     scaler.scale(loss).backward()
                     total += loss.detach()
             return total, micro
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if "memory" not in str(error):  # only CUDA has torch.OutOfMemoryError
+                raise
             loss = total = None  # with them goes the graph that fills the memory
             model.zero_grad()
         if micro == 1:
@@ -659,9 +660,8 @@ def train(given):
     flops_per_token, machine_rate = model.flops_per_token(), matmul_rate(device, dtype)
     run, failures, signals = Run(**state["run"]) if state else Run(), [], []
     micro = given.get("micro_batch", cfg.micro_batch)  # rows at a time; cfg's is also the unit of the ramp
-    # The validation rows are masked once, with default settings and seed, so figures of runs compare.
     val = torch.from_numpy(val_rows[: cfg.val_rows].astype(np.int64)).to(device)
-    val = mask_rows(val, torch.arange(len(val), device=device), Config(), vocab_size)
+    val = mask_rows(val, torch.arange(len(val), device=device), Config(), vocab_size)  # defaults: the losses of runs compare
     val = list(zip(*(part.split(64) for part in val), strict=True))
     def elapsed():
         return time.monotonic() - start
@@ -729,7 +729,7 @@ start    at step {run.step}, after {run.seconds:.0f} s""", flush=True)
         signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     p, stop = progress()
     saving = save()  # seconds; a folder that cannot be written fails here, not after hours
-    run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not state else run.reserve  # two end the run
+    run.reserve = min(run.reserve + 2 * saving, 0.5 * amount) if unit == "seconds" and not run.step else run.reserve  # two end the run
     saved, shown, last, not_finite = p, (-1.0, 0.0), (elapsed(), run.reads, run.flops), 0  # at the last save, printed line, log row
     while True:
         # Evaluations and log rows depend on saved numbers alone, so a resumed run makes them at the same steps.

@@ -30,6 +30,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, pairwise
@@ -85,8 +86,8 @@ def check_options(options):
     options.vocab_size = options.vocab_size or (8192 if special == "docs" else 32768)
     options.val_share = options.val_share or (0.05 if special == "docs" else 0.01)
     options.max_docs = options.max_docs or (C4_DAY if special == "c4" else 0)
-    options.workers = options.workers or os.cpu_count() or 1
-    options.out = options.out or f"data/{special or Path(options.source[0]).resolve().name.split('.')[0]}"
+    options.workers = options.workers or min(61, os.cpu_count() or 1)  # Windows allows no more
+    options.out = options.out or f"data/{special or Path(options.source[0]).resolve().name.strip('.').split('.')[0]}"
     if options.vocab_size <= 256 + len(SPECIALS):
         fail(f"vocab_size is {options.vocab_size}: expected more than the 256 bytes and {len(SPECIALS)} specials")
 
@@ -186,22 +187,24 @@ def text_bytes(path):
 def read_items(paths, share=1.0):
     """Yields (where, raw bytes) for each line of a file, a .txt as a whole, or cut at line ends where it is very long.
 
-    Raw is None for a line over MAX_BYTES, which is not read into memory. share < 1 gives a sample: the first part of
-    the files of lines, and some of the others, evenly.
+    Raw is None for a line over MAX_BYTES, which is not read into memory; blank lines are passed over. share < 1 gives a
+    sample: the first part of each file, but of the short .txt some, evenly, as a whole.
     """
     for i, path in enumerate(paths):
-        whole, number = path.suffix == ".txt", 0
-        if whole and int((i + 1) * share) == int(i * share):
-            continue
+        txt, number = path.suffix == ".txt", 0
         try:
+            whole = txt and path.stat().st_size <= MAX_BYTES
+            if whole and int((i + 1) * share) == int(i * share):
+                continue
             left = math.inf if whole or share == 1 else share * text_bytes(path)
-            size = 0 if not whole else CHUNK if path.stat().st_size > MAX_BYTES else MAX_BYTES  # and to the line's end
+            size = MAX_BYTES if whole else CHUNK if txt else 0  # and to the line's end
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 while left > 0 and (raw := file.read(size) + file.readline(MAX_BYTES)):
                     end, left, number = raw, left - len(raw), number + 1
                     while not end.endswith(b"\n") and (end := file.readline(MAX_BYTES)):
                         raw = None
-                    yield str(path) if whole else f"{path}, line {number}", raw
+                    if txt or raw is None or not raw.isspace():
+                        yield str(path) if txt else f"{path}, line {number}", raw
         except (OSError, EOFError, zlib.error) as error:
             raise BadInput(f"{path} cannot be read ({error}): repair it, or leave it out of --source") from error
 
@@ -404,7 +407,10 @@ def main(argv=None):
             left.unlink()
     except BaseException as error:
         if mine.exists() and mine.read_text() == str(os.getpid()):
-            shutil.rmtree(out)
+            for left in sorted(out.iterdir(), key=lambda path: path == mine):  # mine last
+                left.unlink()
+            with suppress(OSError):  # a link or a mount point stays
+                out.rmdir()
         if isinstance(error, (BadInput, OSError)):
             fail(str(error))
         if isinstance(error, (KeyboardInterrupt, BrokenExecutor)):

@@ -23,6 +23,7 @@ import time
 import xml.etree.ElementTree
 import zipfile
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,13 +247,34 @@ def test_documents_are_dropped_and_counted(tmp_path, stories, capsys):
         file.write(json.dumps({"text": stories[5], "url": "http://x"}) + "\n\n")
     (folder / "c.txt").write_text("A text file is one document.\nIt may have many lines, and this one has two of them.")
     (folder / "ignored.md").write_text("not text that is read")
+    (tmp_path / "gaps.jsonl").write_text((folder / "a.jsonl").read_text().replace("\n", "\n\n \n"))
     prepare_data.main(["--source", str(folder), "--out", str(tmp_path / "d"), *PREPARE[:-1], "0.8"])
     documents = json.loads((tmp_path / "d/meta.json").read_text())["documents"]
     assert documents["read"] == 406 and documents["too_short"] == 1 and documents["filtered"] == 1
     assert documents["duplicate"] == 3 and documents["kept"] == 401
     assert "406 documents, " in capsys.readouterr().out
-    prepare_data.main(["--source", str(folder / "a.jsonl"), "--out", str(tmp_path / "e"), "--max_docs", "300", *PREPARE])
-    assert json.loads((tmp_path / "e/meta.json").read_text())["documents"]["read"] == 300
+    prepare_data.main(["--source", str(tmp_path / "gaps.jsonl"), "--out", str(tmp_path / "e"), "--max_docs", "300", *PREPARE])
+    assert json.loads((tmp_path / "e/meta.json").read_text())["documents"]["read"] == 300  # blank lines are none
+
+
+def test_the_sample_for_the_vocabulary_has_its_share_of_every_kind_of_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_BYTES", 2000)
+    monkeypatch.setattr(prepare_data, "CHUNK", 300)
+    text = "".join(f"line {i} of a text\n" for i in range(400))
+    for name, content in (("big.txt", text), ("lines.jsonl", text), *((f"short{i}.txt", text[:500]) for i in range(10))):
+        (tmp_path / name).write_text(content)
+
+    def sampled(share, *names):
+        items = prepare_data.read_items([tmp_path / name for name in names], share)
+        return b"".join(raw for _, raw in items).decode()
+
+    for name in ("big.txt", "lines.jsonl"):
+        assert sampled(1.0, name) == text and sampled(0.3, name) == text[: len(sampled(0.3, name))]
+        assert 0.3 * len(text) <= len(sampled(0.3, name)) <= 0.3 * len(text) + 320  # to the end of a piece, or a line
+    assert sampled(0.3, *(f"short{i}.txt" for i in range(10))) == 3 * text[:500]
+    monkeypatch.setattr(prepare_data, "BPE_BYTES", len(text) // 2)
+    options = prepare_data.Options(vocab_size=270, workers=1)
+    assert len(prepare_data.learn_vocabulary([tmp_path / "big.txt"], options)) == 266
 
 
 def test_unigram_line_of_the_manifest(data):
@@ -411,6 +433,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, stories, monkeypatch):
     monkeypatch.setattr(prepare_data, "sort_rows", full)
     text = message(prepare_data.main, ["--source", str(source), "--out", str(tmp_path / "d"), *PREPARE])
     assert "No space left on device" in text and not (tmp_path / "d").exists()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert "No space left on device" in message(prepare_data.main, ["--source", str(source), "--out", str(tmp_path / "link"), *PREPARE])
+    assert (tmp_path / "link").is_dir() and not any((tmp_path / "link").iterdir())
 
 
 def test_a_killed_preparation_is_refused_and_done_again(tmp_path, stories, data):
@@ -925,6 +951,15 @@ def test_another_micro_batch_at_a_resume_leaves_the_batches_as_they_were(tmp_pat
     assert batches[0] == batches[1] and len(set(batches[0])) > 1
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path, data, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "out/cram")  # the folder that is meant without --out
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    cram.main(["--resume", "--data", str(data)])
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+    assert Path("out/cram/checkpoint.pt").stat().st_mtime_ns > before["checkpoint.pt"]
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained, data):
     before = comparable(trained)
     cram.main(["--resume", "--out", str(trained), "--data", str(data)])
@@ -1031,14 +1066,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, data, monkey
     assert all(w.isfinite().all() for w in cram.load_checkpoint(tmp_path / "b")["model"].values())
 
 
-def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (MPS allocated")])
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, monkeypatch, capsys, error):
     flags = ["--data", str(data), "--budget", "12steps", *SMALL, "--log_every", "1", "--batch_size", "32"]
     cram.main([*flags, "--out", str(tmp_path / "a")])
     forward, sizes = cram.Model.forward, []
 
     def little_memory(self, tokens, where, targets=None):
         if self.training and len(sizes) > 9 and len(tokens) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         sizes.append(len(tokens))
         return forward(self, tokens, where, targets)
 
@@ -1052,7 +1088,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, m
     def once(tokens, where, targets):
         if not failed:
             failed.append(1)
-            raise torch.OutOfMemoryError("CUDA")
+            raise error
         lengths.append(len(tokens))
         return torch.zeros((), requires_grad=True)
 
@@ -1060,8 +1096,18 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path, data, m
     scaler, cpu = torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
     _, micro = cram.accumulate(once, lambda part: (torch.zeros(len(part), 1),) * 3, [range(8), range(8, 9)], 9, 8, scaler, cpu, "fp32")
     assert micro == 4 and lengths == [4, 4, 1]  # half of the largest part, not of the last
-    monkeypatch.setattr(cram.Model, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    monkeypatch.setattr(cram.Model, "forward", lambda *_: (_ for _ in ()).throw(error))
     assert "choose a smaller --size" in message(cram.main, [*flags, "--out", str(tmp_path / "c")])
+    with pytest.raises(RuntimeError, match="a shape"):  # another error is not taken for it
+        cram.accumulate(lambda *_: (_ for _ in ()).throw(RuntimeError("a shape")), lambda _: (torch.zeros(1, 1),) * 3, [range(1)], 1, 1, scaler, cpu, "fp32")
+
+
+def test_compiled_parts_may_have_many_sizes(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the limit is the tracer's, not the compiler's
+    cfg = cram.make_config({"layers": 1, "width": 8, "heads": 1, "ffn_width": 8, "compile": True, "device": "cpu"})
+    _, forward, *_ = cram.build(cfg, 270, 16, torch.device("cpu"), "fp32")
+    for rows in range(1, 12):  # under torchrun a ramp deals out another number at each of its stages; torch stops at 8
+        assert forward(torch.zeros(rows, 16, dtype=torch.long), torch.zeros(rows, 4, dtype=torch.long)).shape == (rows, 4, 270)
 
 
 def test_two_processes_train_like_one(tmp_path, data):
@@ -1258,7 +1304,8 @@ def test_messages_of_cram(tmp_path, data, trained, capsys):
         assert "is not understood: expected one like 90s" in run(f"--budget={budget}")
     assert "'tarin' is not understood" in message(cram.main, ["tarin"])
     assert "expected even ones, the width even for each head" in run("--width", "100", "--heads", "3")
-    assert "cannot be used here" in run("--device", "abacus")
+    for device in ("abacus", "meta", "hpu"):
+        assert "cannot be used here" in run("--device", device)
     assert "mask_share 0.9 and random_share 0.5 sum to 1.4: expected at most 1" in run("--mask_share", "0.9", "--random_share", "0.5")
     assert "warmup 0.75 and cooldown 0.5 sum to 1.25: expected at most 1" in run("--warmup", "0.75")  # modern falls over half
     assert "muon_lr does nothing with the optimizer adamw" in run("--recipe", "cram", "--muon_lr", "0.02")
@@ -1551,6 +1598,13 @@ def test_sigterm_ends_fine_tuning_like_ctrl_c(scored, score_rte, capsys, monkeyp
     monkeypatch.setattr(finetune_glue, "finetune", perfect)
     run()
     assert seeds == [1]
+
+
+def test_the_checkpoint_before_is_scored_where_it_is_alone(scored, score_rte):
+    os.replace(scored / "checkpoint.pt", scored / "checkpoint.prev.pt")  # killed between two renames
+    run, seeds = score_rte
+    run()
+    assert len(seeds) == 2 and (scored / "glue.json").is_file()
 
 
 @pytest.mark.parametrize("content", [
