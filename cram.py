@@ -417,12 +417,12 @@ def write_whole(path, write, keep=False):
             write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file under the good name
+        if keep and path.exists():
+            os.replace(path, path.with_suffix(f".prev{path.suffix}"))
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # behind its RuntimeError torch.save hides a full disk
         part.unlink(missing_ok=True)
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    if keep and path.exists():
-        os.replace(path, path.with_suffix(f".prev{path.suffix}"))
-    os.replace(part, path)
 
 def load_checkpoint(folder):
     """The state that train saved in `folder`; stops where there is none, or the file is damaged or something else."""
@@ -447,7 +447,7 @@ def load_model(folder, trained=True, **overrides):
 
 def read_log(path):
     """The rows of a log.csv, each {column: text}; a line that a power cut or a full disk cut short is left out."""
-    header, *rows = [line.split(",") for line in Path(path).read_text().rpartition("\n")[0].splitlines()] or [()]
+    header, *rows = [line.split(",") for line in Path(path).read_text(errors="replace").rpartition("\n")[0].splitlines()] or [()]
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows if len(row) == len(COLUMNS) == len(header)]
 
 def open_log(path, step):
@@ -519,7 +519,7 @@ def plot(outs, ask):
                                 for loss in ("train_loss", "val_loss"))
         if not training + validation:
             fail(f"{out} has no log with a loss: expected a run's folder, its log.csv, or a folder of such")
-        series += [("", i % 7, "line", training)] * (len(paths) == 1) + [("/".join(Path(out).parts[-2:]), i % 7, "dots", validation)]
+        series += [("", i % 7, "line", training)] * (len(paths) == 1) + [("/".join(Path(out).absolute().parts[-2:]), i % 7, "dots", validation)]
         points += validation
         folders = {path.parent for path in paths if not ask.unigram and (path.parent / "checkpoint.pt").exists()}
         levels |= {load_checkpoint(folder)["meta"]["unigram_nats"] for folder in folders}
@@ -793,10 +793,9 @@ def fill(folder, text, top=5):
     model, tokenizer, _ = load_model(folder)
     sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
-    parts = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
-    parts = [" " * (part[:1].isspace() and not part.isspace()) + normalise(part) for part in parts]
-    tokens = [token for part in parts for token in (mask, *tokenizer.encode_ordinary(part))]
-    tokens = [sep, *tokens[1:], sep]  # no [MASK] before the first part; a document stands between [SEP]s, as in training
+    first, *rest = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
+    tokens = [token for part in rest for token in (mask, *tokenizer.encode_ordinary(normalise("x" + part)[1:]))]  # x: a space stays
+    tokens = [sep, *tokenizer.encode_ordinary(normalise(first)), *tokens, sep]  # a document stands between [SEP]s, as in training
     where = [i for i, token in enumerate(tokens) if token == mask]
     if not where or len(tokens) > model.seq_len:
         fail(f"the text has {len(where)} times [MASK] and {len(tokens)} tokens: expected [MASK] where a word is to be "
@@ -815,8 +814,9 @@ def bench(given):
     model, forward, optimizers, scaler = build(cfg, vocab_size, seq_len, device, dtype)
     load = partial(next_batch, rows, Run(), cfg, vocab_size, device)
     ready = load(range(size))
+    _, micro = accumulate(forward, load, [range(size)], size, size, scaler, device, dtype)  # as many rows as fit
     def step(load):
-        loss, _ = accumulate(forward, load, [range(size)], size, size, scaler, device, dtype)
+        loss, _ = accumulate(forward, load, [range(size)], size, micro, scaler, device, dtype)
         update(optimizers, scaler, 0.1, math.isfinite(sum(measure(model, optimizers, scaler, cfg, loss))))
     whole, bare, per_tflop = np.median([(time_of(lambda: step(load), device), time_of(lambda: step(lambda _: ready), device),
                                          1e12 / matmul_rate(device, dtype)) for _ in range(5)], axis=0)
@@ -842,7 +842,7 @@ def main(argv):
         else:
             fail(f'{" ".join(argv)!r} is not understood: expected train, bench, plot OUT ... or fill OUT "a text with a [MASK]."')
     except OSError as error:  # a full disk, a folder that may not be written
-        fail(f"{error}: what checkpoint.pt held before is kept")
+        fail(f"{error}: the files that were there are kept")
     except KeyboardInterrupt:  # before the loop, which catches the first one
         raise SystemExit(130) from None
 

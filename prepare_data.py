@@ -111,6 +111,9 @@ def download(url, path, tries=8):
         if failures == tries:
             raise BadInput(f"{url} could not be downloaded: {problem}. Check the network and run the same command again: "
                            "what has arrived is kept")
+        if wait:
+            show("")
+            print(f"{path.name}: {problem}; again in {wait} s", flush=True)
         time.sleep(wait)
         wait, headers = min(60, 2**failures), {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
         try:
@@ -206,7 +209,7 @@ def read_items(paths, share=1.0):
                     if txt or raw is None or not raw.isspace():
                         yield str(path) if txt else f"{path}, line {number}", raw
         except (OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"{path} cannot be read ({error}): repair it, or leave it out of --source") from error
+            raise BadInput(f"{path} cannot be read ({error}): repair or delete it (c4 will be fetched again), or leave it out of --source") from error
 
 def chunked(items):
     """Lists of items of about CHUNK bytes, to travel to a worker together."""
@@ -391,22 +394,41 @@ def sort_rows(blocks, target, score, rng=None):
             np.fromfile(part, "<u2").reshape(-1, rows.shape[1])[order].tofile(file)
             part.unlink()
 
+def hold(path):
+    """The file `path`, locked until it is closed or this process ends, be it by kill -9; raises BadInput where another has it."""
+    file = open(path, "a")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BadInput(f"{path.parent} is being prepared by another process: wait until it is done, then try again") from error
+    return file
+
 def main(argv=None):
     """Prepares a data folder; the manifest meta.json is written last, so a folder without it is not finished."""
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
     check_options(options)
     out = Path(options.out)
-    mine = out / "unfinished.part"  # marks a folder that a run of this script may write to, and clean up
+    mine, held = out / "unfinished.part", None  # marks a folder that a run of this script may write to, one at a time
     try:
         if out.exists() and any(out.iterdir()) and not mine.exists():
             raise BadInput(f"{out} is a finished data folder already, or holds other files: delete it, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        mine.write_text(str(os.getpid()))
+        held = hold(mine)
         prepare(options, out)
+        held.close()  # Windows removes no open file
         for left in out.glob("*.part"):  # also of runs that were killed
             left.unlink()
     except BaseException as error:
-        if mine.exists() and mine.read_text() == str(os.getpid()):
+        if isinstance(error, (BadInput, OSError, KeyboardInterrupt, BrokenExecutor)):
+            error.__traceback__ = None  # its frames keep files open
+        if held:
+            held.close()
             for left in sorted(out.iterdir(), key=lambda path: path == mine):  # mine last
                 left.unlink()
             with suppress(OSError):  # a link or a mount point stays

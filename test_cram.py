@@ -356,7 +356,7 @@ def test_downloads_arrive_whole(tmp_path, server, answers, ranges):
     assert len(asked) == len(answers)
 
 
-def test_downloads_that_fail_say_so(tmp_path, server):
+def test_downloads_that_fail_say_so(tmp_path, server, capsys):
     plan, asked, waits, _ = server
     for answer, expected in ((404, "answered 404"), ("html", "answered 200 OK text/html"), (503, "could not be downloaded: the server answered 503")):
         plan[:] = [answer]
@@ -366,6 +366,7 @@ def test_downloads_that_fail_say_so(tmp_path, server):
     with pytest.raises(prepare_data.BadInput, match="no connection"):
         prepare_data.download("http://127.0.0.1:9/nothing", tmp_path / "x.gz")
     assert waits[-8:] == [0, 1, 2, 4, 8, 16, 32, 60]  # each wait longer than the last, to a minute
+    assert "x.gz: no connection, or it broke (ConnectionError); again in 60 s" in capsys.readouterr().out
 
 
 def test_c4_is_downloaded_and_prepared(tmp_path, server, monkeypatch):
@@ -453,6 +454,18 @@ def test_a_killed_preparation_is_refused_and_done_again(tmp_path, stories, data)
     for name in cram.FILES:
         assert (tmp_path / "d" / name).read_bytes() == (data / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*cram.FILES, "meta.json"])
+
+
+def test_two_preparations_at_once_do_not_mix(tmp_path, stories, data):
+    source, out = write_jsonl(tmp_path / "stories.jsonl", stories), tmp_path / "d"
+    out.mkdir()
+    held = prepare_data.hold(out / "unfinished.part")  # as another process would
+    flags = ["--source", str(source), "--out", str(out), *PREPARE]
+    assert "is being prepared by another process" in message(prepare_data.main, flags)
+    assert [path.name for path in out.iterdir()] == ["unfinished.part"]
+    held.close()
+    prepare_data.main(flags)
+    assert [(out / name).read_bytes() for name in cram.FILES] == [(data / name).read_bytes() for name in cram.FILES]
 
 
 def test_workers_end_with_a_killed_parent():
@@ -1132,7 +1145,7 @@ def test_two_processes_train_like_one(tmp_path, data):
     assert len(a) == 200 and np.allclose(a, b, rtol=0, atol=1e-4)
 
 
-def test_bench_measures(capsys):
+def test_bench_measures(capsys, monkeypatch):
     cram.main(["bench", *SMALL])
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["model", "machine", "speed", "outside"]
@@ -1141,6 +1154,16 @@ def test_bench_measures(capsys):
     assert tflops == pytest.approx(tokens * mflop / 1e6, rel=0.05)
     share, rate = re.search(r"MFU (\S+)% of (\S+) TFLOP/s", lines["speed"]).groups()
     assert float(share) / 100 == pytest.approx(tflops / float(rate), rel=0.1)
+    forward = cram.Model.forward
+
+    def little_memory(self, tokens, *rest):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(cram.Model, "forward", little_memory)
+    cram.main(["bench", *SMALL])
+    assert capsys.readouterr().out.count("out of memory") == 1  # found out once, and not in every step that is timed
 
 
 def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
@@ -1152,6 +1175,7 @@ def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
     assert len(answers) == 1 and len(answers[0]) == 5
     assert [p for _, p in answers[0]] == sorted((p for _, p in answers[0]), reverse=True)
     assert {token.strip() for token, _ in answers[0]} & set(ANIMALS)
+    assert cram.fill(tmp_path, " the dog likes the \u201c[MASK]\u201d under\u2026 a tree") == answers  # normalised away
 
 
 def test_python_cram_py_alone_prepares_the_docs(tmp_path, monkeypatch, data):
@@ -1233,11 +1257,12 @@ def test_plot_reads_runs_logs_and_folders_of_them(tmp_path, trained, capsys):
     cram.main(["plot", str(trained), str(tmp_path / "outer"), "--to", str(tmp_path / "r.svg")])
     assert {f"unigram model {unigram:.3f}", "unigram model 4.250"} <= set(svg_lines(tmp_path / "r.svg")[1])  # two texts
     (tmp_path / "r.svg").unlink()
-    for out in ("nowhere", tmp_path / "other.csv"):
+    for out in ("nowhere", tmp_path / "other.csv", trained / "checkpoint.pt"):
         assert f"{out} has no log with a loss" in message(cram.main, ["plot", str(out), "--to", str(tmp_path / "r.svg")])
     assert "argument --x: got 'steps', expected exaflops, tokens, seconds" in message(cram.main, ["plot", str(trained), "--x", "steps"])
     assert "is not understood: expected train, bench, plot OUT" in message(cram.main, ["plot"])
     assert "other.csv" in message(cram.main, ["plot", str(trained), "--to", str(tmp_path / "other.csv/p.svg")])  # no folder
+    assert "many" in message(cram.main, ["plot", str(trained), "--to", str(tmp_path / "many")]) and not list(tmp_path.glob("*.part"))
     assert not (tmp_path / "r.svg").exists()
 
 
