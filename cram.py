@@ -794,7 +794,7 @@ def fill(folder, text, top=5):
     sep, mask = (tokenizer.encode_single_token(name) for name in ("[SEP]", "[MASK]"))
     # In training a word's token includes the space before it, and so does the [MASK] that stands for it.
     first, *rest = re.split(r"\s*\[MASK\]", text, flags=re.IGNORECASE)
-    tokens = [token for part in rest for token in (mask, *tokenizer.encode_ordinary(normalise("x" + part)[1:]))]  # x: a space stays
+    tokens = [token for part in rest for token in (mask, *tokenizer.encode_ordinary(normalise("x" + part)[1:]))]  # behind the x a space stays
     tokens = [sep, *tokenizer.encode_ordinary(normalise(first)), *tokens, sep]  # a document stands between [SEP]s, as in training
     where = [i for i, token in enumerate(tokens) if token == mask]
     if not where or len(tokens) > model.seq_len:
