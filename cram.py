@@ -425,14 +425,14 @@ def write_whole(path, write, keep=False):
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 def load_checkpoint(folder):
-    """The state that train saved in `folder`; stops where there is none, or the file is damaged or something else."""
+    """The state that train saved in `folder`, and its `path`; stops where there is none, or the file is damaged or another."""
     path, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.prev.pt"
     path = previous if previous.is_file() and not path.exists() else path  # killed between two renames
     if not path.is_file():
         fail(f"{path} does not exist: train first, with python cram.py --out {folder}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # plain types and tensors, never code
-        return {CHECKPOINT_FORMAT: state}[state["format"]]  # of another version: a KeyError
+        return {CHECKPOINT_FORMAT: state}[state["format"]] | {"path": str(path)}  # of another version: a KeyError
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         instead = f"mv {previous} {path} takes the one before it" if path != previous and previous.is_file() else "use a copy, or train again"
         fail(f"{path} is damaged, or no checkpoint of this version of cram.py ({type(error).__name__}): {instead}")

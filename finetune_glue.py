@@ -386,9 +386,8 @@ def score_all(options, kept):
     Path(options.submit or source).mkdir(parents=True, exist_ok=True)
     # All files before the first run: a mistake in the last shows now, not after hours.
     tasks = {name: load_task(TASKS[name], options, tokenizer, model.seq_len) for name in names}
-    path = next(path for path in (source / "checkpoint.pt", source / "checkpoint.prev.pt") if path.is_file())  # as load_model
     # All that shapes a score, but for data and seed: a run in glue.json counts where it agrees in all of it.
-    setting = {"checkpoint": sha256(path), "random": scratch, "device": device.type,
+    setting = {"checkpoint": sha256(state["path"]), "random": scratch, "device": device.type,
                "dtype": dtype, "epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
     for name, data in tasks.items():
         task = TASKS[name]

@@ -409,6 +409,14 @@ def hold(path):
         raise BadInput(f"{path.parent} is being prepared by another process: wait until it is done, then try again") from error
     return file
 
+def release(held, files):
+    """Removes the files, and last the one that hold() gave: Windows does so only once it is closed."""
+    mine = Path(held.name)
+    for path in set(files) - {mine}:
+        path.unlink()
+    held.close()
+    mine.unlink(missing_ok=True)
+
 def main(argv=None):
     """Prepares a data folder; the manifest meta.json is written last, so a folder without it is not finished."""
     options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
@@ -421,16 +429,12 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         held = hold(mine)
         prepare(options, out)
-        held.close()  # Windows removes no open file
-        for left in out.glob("*.part"):  # also of runs that were killed
-            left.unlink()
+        release(held, out.glob("*.part"))  # also those of runs that were killed
     except BaseException as error:
         if isinstance(error, (BadInput, OSError, KeyboardInterrupt, BrokenExecutor)):
             error.__traceback__ = None  # its frames keep files open
         if held:
-            held.close()
-            for left in sorted(out.iterdir(), key=lambda path: path == mine):  # mine last
-                left.unlink()
+            release(held, out.iterdir())
             with suppress(OSError):  # a link or a mount point stays
                 out.rmdir()
         if isinstance(error, (BadInput, OSError)):
