@@ -1,14 +1,14 @@
 """The score: fine-tunes a trained model on the tasks of GLUE and measures it on their dev sets.
 
-    python finetune_glue.py --checkpoint out/cram                      # all tasks, 5 seeds; downloads them
+    python finetune_glue.py --checkpoint out/cram                      # all tasks, 5 seeds
     python finetune_glue.py --checkpoint out/cram --tasks cola,rte --seeds 3
-    python finetune_glue.py --checkpoint none --like out/cram          # the baseline: random weights
-    python finetune_glue.py --checkpoint out/cram --submit out/submit  # and predictions for the GLUE server
+    python finetune_glue.py --checkpoint none --like out/cram          # a baseline: random weights
+    python finetune_glue.py --checkpoint out/cram --submit out/submit  # and files for GLUE's server
 
-The rules of the paper ([2]: section 2 of the one named in cram.py): one setting for all tasks, at most 5
-epochs, only the task's own training data; the score of a task is the median over seeds. Finished runs are
-kept in glue.json beside the checkpoint, so the same command goes on after an interruption. No label of a test
-file is ever looked at.
+The rules are the paper's ([2]: section 2 of the one that cram.py names): one setting for all tasks,
+at most 5 epochs, no data but the task's own training set; its score is the median over seeds.
+Each finished run is kept in the folder glue/ beside the checkpoint: the same command goes on after
+an interruption, and several may work on one checkpoint. No label of a test file is looked at.
 """
 
 import copy
@@ -16,404 +16,486 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cram import DTYPES, Model, choose_device, fail, load_model, opt, parse_flags, sha256, write_whole
-from prepare_data import BadInput, download, normalise, show
+import cram
+from cram import DTYPES, SPECIALS, Model, fail, say, show
+from prepare_data import download, sha256
 
-# ------------------------------------------------------------------------------------------- the tasks
 
-@dataclass
-class Task:
-    """A task of GLUE. Its files are GLUE_DIR/FOLDER/SPLIT.tsv; columns go by their name in the header."""
-    folder: str
-    texts: tuple  # columns of its one or two texts
-    label: str  # column of the label
-    labels: tuple  # its values, in the order of their numbers; empty: a score from 0 to 5
-    metrics: tuple  # names of functions below; the first one counts in the average
-    rows: dict  # split: examples in the official file
-    sources: dict  # path under GLUE_URL: SHA-256, empty where it is not known
-    header: tuple = ()  # the columns of train and dev where these files do not name them
-
-GLUE_URL, MSR = "https://dl.fbaipublicfiles.com/", "senteval/senteval_data/msr_paraphrase_"
-BINARY, ENTAILMENT, F1 = ("0", "1"), ("entailment", "not_entailment"), ("f1", "accuracy")
-COLA, PAIR = ("source", "label", "mark", "sentence"), ("sentence1", "sentence2")
-TASKS = {task.folder.lower().replace("-", ""): task for task in (  # cola, sst2, ...
-    Task("CoLA", ("sentence",), "label", BINARY, ("matthews",), {"train": 8551, "dev": 1043, "test": 1063},
-         {"glue/data/CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"}, COLA),
-    Task("SST-2", ("sentence",), "label", BINARY, ("accuracy",), {"train": 67349, "dev": 872, "test": 1821},
-         {"glue/data/SST-2.zip": ""}),
-    Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, F1, {"train": 3668, "dev": 408, "test": 1725},
-         {f"{MSR}train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-          f"{MSR}test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
-          "glue/data/mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"}),
-    Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, F1,
-         {"train": 363846, "dev": 40430, "test": 390965},
-         {"glue/data/QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
-    Task("STS-B", PAIR, "score", (), ("pearson", "spearman"), {"train": 5749, "dev": 1500, "test": 1379},
-         {"glue/data/STS-B.zip": ""}),
-    Task("MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), ("accuracy",),
-         {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832, "test_matched": 9796,
-          "test_mismatched": 9847}, {"glue/data/MNLI.zip": ""}),
-    Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, ("accuracy",),
-         {"train": 104743, "dev": 5463, "test": 5463},
-         {"glue/data/QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"}),
-    Task("RTE", PAIR, "label", ENTAILMENT, ("accuracy",), {"train": 2490, "dev": 277, "test": 3000},
-         {"glue/data/RTE.zip": ""}),
-)}
-SUFFIX = {"": "", "_matched": "-m", "_mismatched": "-mm"}
-
-def columns(task, kind):
-    """{split: its column in GLUE's table} of the "dev" or "test" splits: CoLA, ..., MNLI-m, MNLI-mm, ..."""
-    return {s: task.folder + SUFFIX[s.removeprefix(kind)] for s in task.rows if s.startswith(kind)}
-
+# ---- Settings ------------------------------------------------------------------------------------
 @dataclass
 class Options:
-    """The paper's one setting for all tasks [2]; a number that is changed is changed for all of them."""
-    checkpoint: str = opt("out/cram", "folder of a trained model, or none: random weights", group="the score")
-    like: str = opt("out/cram", "with --checkpoint none: whose shape and vocabulary the random model takes")
-    glue_dir: str = opt("data/glue", "folder with CoLA/, SST-2/, ...; a task that is not there is downloaded")
-    tasks: str = opt("all", f"all, or some with commas between: {','.join(TASKS)}")
-    seeds: int = opt(5, "runs of each task, with seeds 0, 1, ...; the score is their median", 1, 1000)
-    submit: str = opt("", "folder to write test-set predictions to, of the seed with the median dev score")
-    epochs: int = opt(5, "passes over the training set; the paper allows 5", 1, 1000, group="the setting [2]")
-    batch_size: int = opt(16, "examples in a step", 1, 2**20)
-    lr: float = opt("auto", "peak learning rate: warm-up over a tenth of the steps, then cosine to 0; "
-                          "auto: the paper's 4e-5 at width 768, more for a narrower model", 1e-9, 10)
-    device: str = opt("auto", "auto, cuda, mps or cpu", group="the machine")
-    dtype: str = opt("auto", "precision of the matrix products", "auto", "bf16", "fp16", "fp32")
+    # the score
+    checkpoint: str = "out/cram"  # folder of a trained model, or none: random weights
+    like: str = "out/cram"  # with --checkpoint none: the model whose shape and vocabulary to take
+    glue_dir: str = "data/glue"  # folder with CoLA/, SST-2/, ...; what is not there is downloaded
+    tasks: str = "all"  # or some of cola,sst2,mrpc,qqp,stsb,mnli,qnli,rte with commas between
+    seeds: int = 5  # runs of each task, with the seeds 0, 1, ...
+    submit: str = ""  # folder for predictions of the test sets, by the seed of median dev score
+    # the paper's one setting for all tasks [2]: what is changed is changed for all of them
+    epochs: int = 5  # passes over the training set
+    batch_size: int = 16  # examples in a step
+    lr: float = "auto"  # peak rate; auto: the paper's 4e-5 at width 768, more for narrower models
+    # the machine
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matrix products; the rest is fp32
 
-# ---------------------- metrics: of predicted and true label numbers or scores, both (N,); undefined is nan
+
+# ---- Metrics -------------------------------------------------------------------------------------
 def accuracy(predicted, true):
-    """Share of equal labels."""
+    """Share of equal labels; predicted and true, here and below: (N,) label numbers or scores."""
     return float(np.mean(predicted == true))
 
+
 def f1(predicted, true):
-    """Harmonic mean of precision and recall of label 1; nan where none is true and none predicted (0 / 0)."""
-    hits, both = np.sum((predicted == 1) & (true == 1)), np.sum(predicted == 1) + np.sum(true == 1)
+    """Harmonic mean of precision and recall of label 1; nan where nothing is 1: it is 0 / 0."""
+    hits = np.sum((predicted == 1) & (true == 1))  # true positives
+    both = np.sum(predicted == 1) + np.sum(true == 1)
     return float(2 * hits / both) if both else math.nan
 
+
 def matthews(predicted, true):
-    """Correlation of two binary labels; 0 where one is constant: the limit, and what scikit-learn reports."""
-    return 0.0 if np.ptp(predicted) == 0 or np.ptp(true) == 0 else pearson(predicted, true)
+    """Correlation of two binary labels; 0 where one is constant: the limit, as in scikit-learn."""
+    value = pearson(predicted, true)
+    return 0.0 if math.isnan(value) else value
+
 
 def pearson(predicted, true):
-    """Linear correlation; nan where one side is constant or holds a nan."""
-    if np.ptp(predicted) == 0 or np.ptp(true) == 0:  # asked first: rounding gives a constant some variance
+    """Linear correlation; nan where one side is constant."""
+    if np.ptp(predicted) == 0 or np.ptp(true) == 0:  # rounding would give it some variance
         return math.nan
-    return float(np.corrcoef(np.float64(predicted), np.float64(true))[0, 1])
+    return float(np.corrcoef(predicted, true)[0, 1])
+
 
 def spearman(predicted, true):
-    """Linear correlation of the ranks, where equal values share the mean of theirs; nan as for pearson."""
-    sides = (np.unique(side, return_inverse=True, return_counts=True) for side in (predicted, true))
-    ranks = [(np.cumsum(counts) - (counts - 1) / 2)[which] for _, which, counts in sides]
-    return math.nan if np.isnan([predicted, true]).any() else pearson(*ranks)
+    """Linear correlation of the ranks, where equal values share the mean of theirs."""
+    ranks = []
+    for side in (predicted, true):
+        _, which, counts = np.unique(side, return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)  # rank of the last one of each group of equal values
+        ranks.append((last - (counts - 1) / 2)[which])
+    return pearson(*ranks)
 
-def score(task, predicted, true):
-    """{metric: value} of a task's metrics; nan where a prediction is nan, as after a divergence."""
-    finite = np.isfinite(predicted).all()
-    return {name: globals()[name](predicted, true) if finite else math.nan for name in task.metrics}
 
-# ----------------------------------------------------------------------------------------------- files
-def fetch(folder, task):
-    """Downloads and unpacks a task to a folder that appears once it is whole: a kill leaves none."""
-    paths = [folder.parent / "downloads" / Path(name).name for name in task.sources]
-    for path, (name, digest) in zip(paths, task.sources.items(), strict=True):
-        download(GLUE_URL + name, path)
-        if digest and sha256(path) != digest:
-            fail(f"{path} has another checksum than the official file: remove it, and try again")
-    part, files = Path(f"{folder}.part"), (build_mrpc if task.folder == "MRPC" else unzip)(task, paths)
-    for split, content in files.items():
-        write_whole(part / f"{split}.tsv", lambda file, content=content: file.write(content))
-    part.replace(folder)
+# ---- Tasks and their files -----------------------------------------------------------------------
+@dataclass
+class Task:
+    """A task of GLUE; its files are GLUE_DIR/FOLDER/SPLIT.tsv."""
 
-def unzip(task, paths):
-    """{split: content of its file} from the archive of a task; refuses one with a path out of its folder."""
+    folder: str
+    texts: tuple = ("sentence1", "sentence2")  # columns of its one or two texts
+    label: str = "label"  # column of the label
+    labels: tuple = ("0", "1")  # its values, in the order of their numbers; none: a score, 0 to 5
+    metrics: tuple = (accuracy,)  # the first one counts in the average
+    splits: tuple = ("train", "dev", "test")  # its files
+    header: tuple = ()  # columns of train and dev where these files do not name them
+    sources: tuple = ()  # what to download; empty: FOLDER.zip
+
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/"  # the address that GLUE's own script has
+ENTAILMENT = ("entailment", "not_entailment")  # labels 0 and 1
+TASKS = {
+    "cola": Task("CoLA", texts=("sentence",), metrics=(matthews,),
+                 header=("source", "label", "mark", "sentence")),
+    "sst2": Task("SST-2", texts=("sentence",)),
+    "mrpc": Task("MRPC", texts=("#1 String", "#2 String"), label="Quality", metrics=(f1, accuracy),
+                 sources=("senteval/senteval_data/msr_paraphrase_train.txt",
+                          "senteval/senteval_data/msr_paraphrase_test.txt",
+                          "glue/data/mrpc_dev_ids.tsv")),
+    "qqp": Task("QQP", texts=("question1", "question2"), label="is_duplicate",
+                metrics=(f1, accuracy), sources=("glue/data/QQP-clean.zip",)),
+    "stsb": Task("STS-B", label="score", labels=(), metrics=(pearson, spearman)),
+    "mnli": Task("MNLI", label="gold_label", labels=("entailment", "neutral", "contradiction"),
+                 splits=("train", "dev_matched", "dev_mismatched",
+                         "test_matched", "test_mismatched")),
+    "qnli": Task("QNLI", texts=("question", "sentence"), labels=ENTAILMENT,
+                 sources=("glue/data/QNLIv2.zip",)),
+    "rte": Task("RTE", labels=ENTAILMENT),
+}  # fmt: skip
+CHECKSUMS = {  # SHA-256 of the official files, where it is known
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    "msr_paraphrase_test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+}
+
+
+def columns(task, kind):
+    """{split: its column in GLUE's table, as RTE or MNLI-m} of the splits of kind dev or test."""
+    # Only MNLI has two of a kind.
+    ends = {kind: "", f"{kind}_matched": "-m", f"{kind}_mismatched": "-mm"}
+    return {split: task.folder + ends[split] for split in task.splits if split in ends}
+
+
+def fetch(task, folder):
+    """Downloads a task to `folder`, which appears once it is whole; a failure leaves nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, since another process may be downloading the same task.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{task.folder}.part-") as part:
+        paths = []
+        for name in task.sources or [f"glue/data/{task.folder}.zip"]:
+            path = Path(part, name.split("/")[-1])
+            download(GLUE_URL + name, path)  # whole, or it stops with a sentence
+            if path.name in CHECKSUMS and sha256(path) != CHECKSUMS[path.name]:
+                fail(f"{GLUE_URL}{name} has another checksum than the official file: try again")
+            paths.append(path)
+        whole = Path(part, task.folder)  # on the same disk, so that it can be renamed
+        whole.mkdir()
+        files = build_mrpc(*paths) if task.folder == "MRPC" else unzip(*paths, task)
+        for split, content in files.items():
+            (whole / f"{split}.tsv").write_bytes(content)
+        if not folder.exists():  # the other process may have been faster
+            whole.replace(folder)
+
+
+def unzip(path, task):
+    """{split: content of its file} from the archive of a task; what else it holds is not read."""
     try:
-        with zipfile.ZipFile(paths[0]) as archive:
-            outside = re.compile(r"^[/\\]|^\w:|(^|[/\\])\.\.([/\\]|$)")
-            if bad := [name for name in archive.namelist() if outside.search(name)]:
-                fail(f"{paths[0]} holds {bad[0]!r}, a path out of its folder: remove this file")
-            return {split: archive.read(f"{task.folder}/{split}.tsv") for split in task.rows}
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, OSError, RuntimeError) as error:
-        fail(f"{paths[0]} is damaged or not the official file ({error}): remove it, and try again")
+        with zipfile.ZipFile(path) as archive:
+            names = {split: f"{task.folder}/{split}.tsv" for split in task.splits}
+            return {split: archive.read(name) for split, name in names.items()}
+    except (zipfile.error, zlib.error, EOFError, OSError, RuntimeError, LookupError, ValueError):
+        expected = ", ".join(task.splits)
+        fail(f"{path.name} came damaged, or without one of the files {expected}: try again")
 
-def build_mrpc(_, paths):
-    """{split: content of its file} of MRPC: dev is the train rows whose pair of ids is in the third file."""
-    train, test, ids = map(read_rows, paths)
-    dev = set(map(tuple, ids))
-    files = {"train": [row for row in train if tuple(row[1:3]) not in dev],
-             "dev": [row for i, row in enumerate(train) if i == 0 or tuple(row[1:3]) in dev],
-             "test": [[str(i - 1) if i else "index", *row[1:]] for i, row in enumerate(test)]}  # no label
-    return {split: "".join("\t".join(row) + "\n" for row in rows).encode() for split, rows in files.items()}
 
-def read_rows(path):
-    """The lines of a TSV as lists of columns, without quoting: a " is a character like any other."""
+def build_mrpc(*paths):
+    """{split: content of its file}; dev: the training rows whose pair of ids is in the third."""
+    train, test, dev_ids = (path.read_text("utf-8-sig").rstrip().split("\n") for path in paths)
+    files = {"train": train[:1], "dev": train[:1], "test": test}  # train[0]: the header
+    for line in train[1:]:
+        ids = "\t".join(line.split("\t")[1:3])
+        files["dev" if ids in dev_ids else "train"].append(line)
+    return {split: "\n".join(lines).encode() for split, lines in files.items()}
+
+
+def read_lines(path):
+    """[(line number, columns)] of a TSV without its blank lines; a " is a character like any."""
+    again = (
+        f"{shlex.join(['mv', str(path.parent), f'{path.parent}.old'])} has the task downloaded anew"
+    )
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read ({error}): move {path.parent} away to have it downloaded")
-    return [line.rstrip("\r").split("\t") for line in lines if line.strip("\r")]
+        text = path.read_bytes().decode("utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError):
+        fail(f"{path} is missing, or no UTF-8 text: {again}")
+    if "\n" not in text.lstrip("\n"):
+        fail(f"{path} is empty, or does not end its lines with line feeds: {again}")
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, line.rstrip("\r").split("\t")) for number, line in lines if line.strip("\r")]
 
-def read_split(path, task):
-    """(texts, labels, rows skipped) of a file: tuples of strings; numbers (N,), None for test files; a count.
-    Stops on a malformed file; only QQP may skip rows: some official ones have a wrong number of columns."""
-    labelled, rows = not path.stem.startswith("test"), read_rows(path)
-    first, header = (1, task.header) if labelled and task.header else (2, rows.pop(0) if rows else [])
+
+def load_split(path, task, tokenizer, seq_len):
+    """(tokens (N, longest) padded at the end, labels (N,)) of a file; of a test file no labels.
+    Stops at a malformed row; only QQP's are skipped: some of the official ones lack columns."""
+    # Which columns are wanted, and where they are. A test file's labels, if it has any, are not.
+    labelled = not path.stem.startswith("test")
+    lines = read_lines(path)
+    header = task.header if labelled and task.header else lines.pop(0)[1]
     names = [*task.texts, task.label] if labelled else task.texts
-    if missing := [name for name in names if name not in header]:
-        fail(f"{path} has no column {missing[0]!r}: found {', '.join(header) or 'an empty file'}")
-    bad = [i for i, row in enumerate(rows) if len(row) != len(header)]
-    if bad and (task.folder != "QQP" or not labelled):  # the server wants a prediction for every test row
-        fail(f"{path}, line {first + bad[0]} has {len(rows[bad[0]])} columns, expected {len(header)}")
-    rows = [row for row in rows if len(row) == len(header)]
+    for name in names:
+        if name not in header:
+            fail(f"{path} has no column {name!r}: found {', '.join(header)[:200]}")
+    places = [header.index(name) for name in names]
+    allowed = "|".join(task.labels) or r"[0-4](\.\d+)?|5(\.0+)?"
+    rows, labels, skipped = [], [], 0  # encoded examples, their labels, malformed lines
+    for number, cells in lines:
+        if len(cells) != len(header):
+            skipped += 1
+            if task.folder != "QQP" or not labelled:  # a test row needs a prediction
+                fail(f"{path}, line {number}: columns found: {len(cells)}, expected: {len(header)}")
+            continue
+        found = [cells[place] for place in places]
+        if labelled:
+            label = found.pop()  # names has it last
+            if not re.fullmatch(allowed, label):
+                expected = " or ".join(task.labels) or "a number from 0 to 5"
+                fail(f"{path}, line {number}: the label is {label[:60]!r}, expected {expected}")
+            labels.append(task.labels.index(label) if task.labels else float(label))
+        rows.append(torch.tensor(encode(found, tokenizer, seq_len), dtype=torch.int32))
     if not rows:
         fail(f"{path} has no examples: expected rows of {', '.join(names)}")
-    if len(rows) != (official := task.rows[path.stem]):
-        print(f"warning: {path} has {len(rows)} examples, expected the {official} of the official file")
-    found = [[row[header.index(name)] for row in rows] for name in names]
-    texts, labels = list(zip(*found[: len(task.texts)], strict=True)), found[-1] if labelled else []
-    numbers = {word: float(word) for word in set(labels) if re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", word)}
-    numbers = {word: i for i, word in enumerate(task.labels)} or numbers
-    if wrong := [word for word in labels if word not in numbers]:
-        expected = " or ".join(task.labels) or "a number from 0 to 5"
-        fail(f"{path} has the label {wrong[0]!r}: expected {expected}")
-    labels = np.array([numbers[word] for word in labels], np.int64 if task.labels else np.float32)
-    return texts, labels if labelled else None, len(bad)
+    note = f", {skipped} malformed rows skipped" if skipped else ""
+    say(f"data     {task.folder} {path.stem}: {len(rows)} examples{note}")
+    pad = tokenizer.encode_single_token("[PAD]")
+    # In one tensor: 16 MB for SST-2, 200 MB for MNLI.
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    return tokens, torch.tensor(labels, dtype=torch.long if task.labels else torch.float)
+
 
 def encode(texts, tokenizer, seq_len):
-    """(tokens (N, longest) padded at the end, lengths (N,), number cut) of texts as `[CLS] a [SEP]` or
-    `[CLS] a [SEP] b [SEP]`: one that exceeds seq_len loses the end of its longer text, token by token."""
-    cls, sep, pad = (tokenizer.encode_single_token(name) for name in ("[CLS]", "[SEP]", "[PAD]"))
-    rows, cut = [], 0
-    for text in texts:
-        parts = [tokenizer.encode_ordinary(normalise(part)) for part in text]
-        excess = 1 + sum(len(part) + 1 for part in parts) - seq_len
-        cut += excess > 0
-        for _ in range(excess):
-            max(parts, key=len).pop()
-        rows.append(np.array([cls] + [token for part in parts for token in (*part, sep)], np.uint16))
-    lengths = np.array([len(row) for row in rows])
-    tokens = np.full((len(rows), lengths.max()), pad, np.uint16)
-    tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(rows)
-    return tokens, lengths, cut
+    """The tokens `[CLS] a [SEP] b [SEP]` of two texts; the b of a single one is empty [2]."""
+    cls, sep = (tokenizer.encode_single_token(name) for name in ("[CLS]", "[SEP]"))
+    a, b = [tokenizer.encode_ordinary(cram.normalise(text)) for text in (*texts, "")[:2]]
+    while len(a) + len(b) + 3 > seq_len:
+        max(a, b, key=len).pop()  # the longer one loses its last token
+    return [cls, *a, sep, *b, sep]
 
-def batches(tokens, lengths, size, pad_id, rng=None):
-    """Yields (indices (B,), tokens (B, S), mask (B, S) false at padding) of all tokens (N, longest): sorted
-    by length or, with a generator, in random order but for sorting within spans of 50 batches."""
-    count = len(lengths)
-    order, span = (rng.permutation(count), 50 * size) if rng else (np.arange(count), count)
-    order = order[np.lexsort((lengths[order], np.arange(count) // span))]
-    parts = [order[i : i + size] for i in range(0, count, size)]
-    if rng:
-        rng.shuffle(parts)
-    order = torch.from_numpy(np.concatenate(parts)).to(tokens.device)  # in one piece: no step waits
-    for part, index in zip(parts, order.split([len(part) for part in parts]), strict=True):
-        rows = tokens[index, : -(-int(lengths[part].max()) // 8) * 8]  # a CPU builds kernels for each S
-        yield index, rows, rows != pad_id
 
-# ----------------------------------------------------------------------------------------- fine-tuning
+def load_task(task, options, tokenizer, seq_len):
+    """{split: (tokens, labels)} of a task, on the device."""
+    folder = Path(options.glue_dir, task.folder)
+    if not folder.exists():
+        fetch(task, folder)
+    data = {}
+    for split in task.splits:
+        if options.submit or not split.startswith("test"):
+            arrays = load_split(folder / f"{split}.tsv", task, tokenizer, seq_len)
+            data[split] = [array.to(options.device) for array in arrays]
+    return data
+
+
+# ---- Fine-tuning ---------------------------------------------------------------------------------
+def batches(tokens, pad_id, size, rng):
+    """Yields (indices (B,), tokens (B, S)) of all tokens (N, longest), in random order, but for
+    that examples of about one length share a batch, which leaves little padding."""
+    lengths = (tokens != pad_id).sum(1).cpu().numpy()  # (N,)
+    order = rng.permutation(len(lengths))
+    span = np.arange(len(order)) // (50 * size)  # sorted by length are parts of 50 batches
+    order = order[np.lexsort((lengths[order], span))]
+    # All indices go to the device at once: copied step by step, each step would wait for them.
+    indices = torch.from_numpy(order).to(tokens.device)
+    for start in rng.permutation(np.arange(0, len(order), size)):
+        part = slice(start, start + size)
+        longest = 4 * math.ceil(lengths[order[part]].max() / 4)  # few shapes: each has its kernels
+        yield indices[part], tokens[indices[part], :longest]
+
+
 class Classifier(nn.Module):
-    """The encoder with the paper's classifier on its first position: dense, tanh, dropout, linear [2]."""
-    def __init__(self, encoder, outputs):
+    """The encoder, and on its first position the paper's dense, tanh, dropout, linear [2]."""
+
+    def __init__(self, encoder, outputs, dtype):
         super().__init__()
-        self.encoder, c = encoder, encoder.cfg
-        dense, last = nn.Linear(c.width, 1024), nn.Linear(1024, outputs)
-        self.head = nn.Sequential(dense, nn.Tanh(), nn.Dropout(c.dropout), last)
-        for layer in (dense, last):
-            nn.init.normal_(layer.weight, std=c.init_std)
-            nn.init.zeros_(layer.bias)
+        self.encoder = encoder
+        self.dtype = dtype
+        self.pad_id = encoder.vocab_size - len(SPECIALS)
+        width = encoder.cfg.width
+        dropout = nn.Dropout(encoder.cfg.dropout)
+        self.head = nn.Sequential(
+            nn.Linear(width, 1024), nn.Tanh(), dropout, nn.Linear(1024, outputs)
+        )
+        for p in self.head.parameters():
+            nn.init.normal_(p, std=0.02 if p.ndim == 2 else 0.0)
 
-    def forward(self, tokens, mask):
-        """tokens and mask (B, S) -> logits (B, outputs)."""
-        first = self.encoder.encode(tokens, mask)[:, 0]
-        with torch.autocast(tokens.device.type, enabled=False):  # from 2 to 4 bf16 has steps of 1/64
-            return self.head(first.float())
+    def forward(self, tokens):
+        """tokens (B, S) -> logits (B, outputs)."""
+        with torch.autocast(tokens.device.type, DTYPES[self.dtype], self.dtype != "fp32"):
+            x = self.encoder.encode(tokens, tokens != self.pad_id)
+        return self.head(x[:, 0].float())  # in fp32: from 2 to 4 bf16 has steps of 1/64
 
-def finetune(task, data, encoder, scratch, pad_id, options, device, dtype, seed):
-    """Trains a copy of the encoder (scratch: one of random weights) and a classifier on data["train"], of
-    {split: (tokens, lengths, labels)}; returns {split: (N,) predictions} of the others."""
-    torch.manual_seed(seed)
-    encoder = Model(encoder.cfg, encoder.vocab_size, encoder.seq_len) if scratch else copy.deepcopy(encoder)
-    model, rng = Classifier(encoder, max(1, len(task.labels))).to(device), np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.0, (0.9, 0.98), 1e-6, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    tokens, lengths, labels = data["train"]
-    tokens, labels = torch.from_numpy(tokens.astype(np.int32)).to(device), torch.from_numpy(labels).to(device)
-    steps = math.ceil(len(tokens) / options.batch_size)  # of an epoch
-    for epoch in range(options.epochs):
-        show(f"{task.folder}, seed {seed}: epoch {epoch + 1} of {options.epochs}")
-        order = batches(tokens, lengths, options.batch_size, pad_id, rng)
-        for step, (index, rows, mask) in enumerate(order, epoch * steps):
-            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-                logits = model(rows, mask)
-            loss = (F.cross_entropy if task.labels else F.mse_loss)(logits.squeeze(1), labels[index])
-            p = step / (steps * options.epochs)
+
+def finetune(task, data, encoder, options, seed):
+    """Trains a copy of the encoder and a classifier on data["train"], of {split: (tokens, labels)};
+    returns {split: predictions (N,)} of the others."""
+    torch.manual_seed(seed)  # of the classifier and dropout
+    rng = np.random.default_rng(seed)  # of the order of the examples
+    if options.checkpoint == "none":
+        encoder = Model(encoder.cfg, encoder.vocab_size, encoder.seq_len)  # of random weights
+    model = Classifier(copy.deepcopy(encoder), max(1, len(task.labels)), options.dtype)
+    model = model.to(options.device).train()
+    adamw = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    scaler = torch.amp.GradScaler(options.device, enabled=options.dtype == "fp16")
+    tokens, labels = data["train"]  # on the device from the start: no step waits for it
+    steps = math.ceil(len(tokens) / options.batch_size) * options.epochs
+    loss_of = F.cross_entropy if task.labels else F.mse_loss
+    step = 0
+    for _ in range(options.epochs):
+        for index, rows in batches(tokens, model.pad_id, options.batch_size, rng):
+            p = step / steps
+            if step % 50 == 0:
+                show(f"{task.folder}, seed {seed}: {p:.0%}")
+            loss = loss_of(model(rows).squeeze(1), labels[index])  # (B, 1) of a score -> (B,)
+            # Up over a tenth of the steps, then down to 0 along a cosine.
             rate = min(10 * p, 0.5 + 0.5 * math.cos(math.pi * (p - 0.1) / 0.9))
             optimizer.param_groups[0]["lr"] = options.lr * rate
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # the scaler does nothing but in fp16
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-    show("")
-    return {name: predict(model, *data[name][:2], pad_id, device, dtype) for name in data if name != "train"}
+            step += 1
+    return {name: predict(model, tokens) for name, (tokens, _) in data.items() if name != "train"}
+
 
 @torch.no_grad()
-def predict(model, tokens, lengths, pad_id, device, dtype):
-    """Label numbers or scores of examples in their order: (N,) float64; all nan if a logit is not finite."""
-    model.eval()
-    tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
-    logits = torch.empty(len(tokens), model.head[-1].out_features, device=device)
-    for index, rows, mask in batches(tokens, lengths, 64, pad_id):
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-            logits[index] = model(rows, mask)
-    logits = logits.cpu().double()  # fetched once, so that no batch waits for a copy
-    labels = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1).double()
-    return (labels if logits.isfinite().all() else labels * math.nan).numpy()
+def predict(model, tokens):
+    """Label numbers or scores of examples, in their order: (N,), all nan after a divergence."""
+    model.eval()  # no dropout
+    logits = torch.empty(len(tokens), model.head[-1].out_features, device=tokens.device)
+    for index, rows in batches(tokens, model.pad_id, 64, np.random.default_rng(0)):
+        logits[index] = model(rows)
+    logits = logits.cpu().double().numpy()  # fetched once, so that no batch waits
+    if not np.isfinite(logits).all():
+        return np.full(len(logits), math.nan)
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1).astype(float)
 
-# ------------------------------------------------------------------------------------------ the scores
-def load_task(task, options, tokenizer, seq_len):
-    """{split: (tokens, lengths, labels)} of the files of a task, which is downloaded if it has no folder."""
-    data, folder = {}, Path(options.glue_dir) / task.folder
-    if not folder.exists():
-        fetch(folder, task)
-    splits = [split for split in task.rows if options.submit or not split.startswith("test")]
-    for split in splits:
-        texts, labels, skipped = read_split(folder / f"{split}.tsv", task)
-        *arrays, cut = encode(texts, tokenizer, seq_len)
-        data[split] = (*arrays, labels)
-        print(f"data     {task.folder} {split}: {len(texts)} examples, {cut} cut to {seq_len} tokens"
-              + f", {skipped} malformed rows skipped" * (skipped > 0), flush=True)
-    return data
 
-def kept_runs(path, new=()):
-    """The runs in a glue.json, after adding `new` ones to it; stops where it holds anything else."""
-    try:
-        runs = (json.loads(path.read_bytes()) if path.exists() else []) + [*new]
-        for run in runs:
-            names, metrics = columns(TASKS[run["task"]], "dev").values(), TASKS[run["task"]].metrics
-            sum([run["scores"][name][metric] for name in names for metric in metrics], run["seconds"])
-    except (ValueError, LookupError, TypeError):
-        fail(f"{path} is damaged, or not from this script: delete or rename it, and its runs are made again")
-    if new or not path.exists():  # an empty one shows before the first run that it can be written
-        write_whole(path, lambda file: file.write(json.dumps(runs, indent=1).encode()))
-    return runs
-
-def score_seed(task, data, work, about, path):
-    """(run, predictions): the run in glue.json that agrees in all of `about`, and None; or a new one."""
-    found, predicted = [run for run in kept_runs(path) if about.items() <= run.items()], None
-    if not found:
-        start, predicted, dev = time.monotonic(), work(about["seed"]), columns(task, "dev").items()
-        scores = {column: score(task, predicted[split], data[split][2]) for split, column in dev}
-        found = [{**about, "scores": scores, "seconds": time.monotonic() - start}]
-        kept_runs(path, found)
-    shown = [f"{name} {100 * x:.1f}" for values in found[0]["scores"].values() for name, x in values.items()]
-    note = f"{found[0]['seconds']:.0f} s" if predicted else f"taken from {path}"
-    print(f"{task.folder:8} seed {about['seed']}: {', '.join(shown)} ({note})", flush=True)
-    return found[0], predicted
-
-def print_scores(task, runs, examples):
-    """Prints the scores of a task, and the speed of its runs on `examples` each; returns {column: median}."""
-    row, seconds = {}, sum(run["seconds"] for run in runs)
-    speed = f"{seconds:.0f} s, {len(runs) * examples / (seconds + 1e-9):.0f} training examples/s"
-    for column in columns(task, "dev").values():
+# ---- Scores --------------------------------------------------------------------------------------
+def score(task, predictions, data):
+    """{"COLUMN METRIC": value} of the dev sets; nan where a prediction is."""
+    scores = {}
+    for split, column in columns(task, "dev").items():
+        predicted, true = predictions[split], data[split][1].cpu().numpy()
         for metric in task.metrics:
-            values = 100 * np.array([run["scores"][column][metric] for run in runs])  # nan: so are all three
-            print(f"{column:8} {metric}: median {np.median(values):.1f}, range {values.min():.1f} to "
-                  f"{values.max():.1f}, {len(runs)} seeds, {speed}", flush=True)
-            if metric == task.metrics[0]:  # the one that counts
-                row[f"{column} {metric}"] = np.median(values)
-    return row
+            # predict gives nan for all or for none.
+            value = math.nan if math.isnan(predicted[0]) else metric(predicted, true)
+            scores[f"{column} {metric.__name__}"] = value
+    return scores
 
-def print_table(title, row, names, seeds):
-    """Prints the medians as a row of a Markdown table, and what their mean is of."""
-    total = "GLUE average" if len(row) == 9 else f"mean of these {len(row)} columns"
-    medians = list(row.values())
-    print(f"\n| model | {' | '.join(row)} | {total} |\n|{' --- |' * (len(row) + 2)}\n"
-          f"| {title} | {' | '.join(f'{x:.1f}' for x in [*medians, np.mean(medians)])} |\n\n"
-          f"In it: dev sets of {', '.join(names)}; median of seeds 0 to {seeds - 1}. Not in it: "
-          f"{', '.join(name for name in TASKS if name not in names) or 'none'}, and WNLI as in the paper."
-          + "\nnan: undefined, for a run diverged or predicted one score for all" * math.isnan(sum(medians)))
 
-def submit(folder, results):
-    """Writes what the seed of median dev score predicts for each task's test files, and an archive of it."""
-    files = {}
-    for task, runs, predictions, work in results:
-        means = [np.mean([scores[task.metrics[0]] for scores in run["scores"].values()]) for run in runs]
-        seed = int(np.argsort(means)[(len(runs) - 1) // 2])  # of two in the middle the lower one
-        predicted = predictions[seed] or work(seed)  # kept scores come without predictions: once more
-        for split, column in columns(task, "test").items():
-            if np.isnan(predicted[split]).any():
-                fail(f"{task.folder}: the run with seed {seed} diverged, so it has no predictions to submit")
-            words = (task.labels[int(x)] if task.labels else f"{x:.3f}" for x in predicted[split].clip(0, 5))
-            lines = "".join(f"{i}\t{word}\n" for i, word in enumerate(words))
-            files[f"{column}.tsv"] = f"index\tprediction\n{lines}".encode()
-    with zipfile.ZipFile(packed := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    for name, content in (*files.items(), ("submission.zip", packed.getvalue())):
-        write_whole(folder / name, lambda file, content=content: file.write(content))
-    print(f"{folder}/submission.zip: {', '.join(name.removesuffix('.tsv') for name in files)}. "
-          "The server asks for WNLI and AX too: left out, as in the paper.")
+def score_task(name, data, encoder, options, settings, kept):
+    """Scores a task with all seeds; returns {"COLUMN METRIC": median} of what counts in the
+    average, and what the run in the middle predicts. Runs are files in the folder `kept`."""
+    task, runs, predictions = TASKS[name], [], {}
+    for seed in range(options.seeds):
+        # A hash of all that shapes a score: so runs of other settings have other names.
+        about = settings | {"task": name, "seed": seed}
+        code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+        path = kept / f"{name}-seed{seed}-{code}.json"
+        if not path.exists():
+            start = time.monotonic()
+            predictions[seed] = finetune(task, data, encoder, options, seed)
+            seconds = time.monotonic() - start
+            scores = score(task, predictions[seed], data)
+            run = {"settings": about, "scores": scores, "seconds": seconds}
+            content = json.dumps(run, indent=1).encode()
+            mine = path.with_suffix(f".{os.getpid()}")  # another process may be at the same run
+            cram.write_whole(mine, lambda file, content=content: file.write(content))
+            mine.replace(path)
+        try:  # a new run is read like a kept one
+            run = json.loads(path.read_bytes())
+            shown = [f"{column} {100 * value:.1f}" for column, value in run["scores"].items()]
+            shown.append(f"{run['seconds']:.0f} s")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            fail(f"{path} is damaged, or not of this script: delete it, and its run is made again")
+        say(f"{task.folder:8} seed {seed}: {', '.join(shown)}, kept in {path}")
+        runs.append(run)
 
-def score_all(options, kept):
-    """Fine-tunes and scores all tasks with all seeds, but for the finished runs in the glue.json `kept`."""
-    names = list(TASKS) if options.tasks == "all" else list(dict.fromkeys(options.tasks.split(",")))
-    if unknown := [name for name in names if name not in TASKS]:
-        fail(f"unknown task {unknown[0]!r}: expected all, or some of {','.join(TASKS)} with commas between")
-    scratch, source, row, results = options.checkpoint == "none", kept.parent, {}, []
-    model, tokenizer, state = load_model(source, trained=not scratch, dropout=0.1)  # [2]
-    options.lr = 4e-5 * (768 / model.cfg.width) ** 2 if options.lr == "auto" else options.lr
-    (device, dtype, reason), pad_id = choose_device(options), tokenizer.encode_single_token("[PAD]")
-    title, reads = (f"random weights, as {source}", 0) if scratch else (f"{source}", state["run"]["reads"])
-    print(f"model    {title}: {model.cfg.recipe}, {model.cfg.layers} layers, width {model.cfg.width}, "
-          f"{reads * model.seq_len / 1e6:.1f} M tokens read\nmachine  {device.type}, {dtype} ({reason})\n"
-          f"setting  {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}, "
-          f"seeds 0 to {options.seeds - 1}")
-    Path(options.submit or source).mkdir(parents=True, exist_ok=True)
-    # All files before the first run: a mistake in the last shows now, not after hours.
+    # Medians over seeds, in percent.
+    medians = {}
+    for column in runs[0]["scores"]:
+        values = 100 * np.array([run["scores"][column] for run in runs])
+        median, low, high = np.median(values), values.min(), values.max()  # nan if one is
+        say(f"{column}: median {median:.1f}, range {low:.1f} to {high:.1f}, {len(runs)} seeds")
+        if column.endswith(f" {task.metrics[0].__name__}"):
+            medians[column] = median
+    # In the middle by the mean of the scores that count; of two in the middle the lower one.
+    means = [np.mean([run["scores"][column] for column in medians]) for run in runs]
+    middle = int(np.argsort(means)[(len(runs) - 1) // 2])
+    if options.submit and middle not in predictions:  # of a kept run only the scores are kept
+        predictions[middle] = finetune(task, data, encoder, options, middle)
+    return medians, predictions.get(middle)
+
+
+def submit(path, results):
+    """Writes the archive that GLUE's server takes, from [(task, {split: predictions})]."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for task, predictions in results:
+            for split, column in columns(task, "test").items():
+                if np.isnan(predictions[split]).any():
+                    fail(f"{task.folder}: the run in the middle diverged, so it predicts nothing")
+                lines = ["index\tprediction\n"]  # the columns that the server asks for
+                for i, value in enumerate(predictions[split]):
+                    word = task.labels[int(value)] if task.labels else f"{value.clip(0, 5):.3f}"
+                    lines.append(f"{i}\t{word}\n")
+                archive.writestr(f"{column}.tsv", "".join(lines))
+    cram.write_whole(path, lambda file: file.write(packed.getvalue()))
+    say(f"{path} holds the predictions; GLUE's server asks for WNLI and AX too.")
+
+
+def score_all(options, file):
+    """Fine-tunes and scores all tasks with all seeds, from the checkpoint in `file`."""
+    names = list(TASKS) if options.tasks == "all" else options.tasks.replace(",", " ").split()
+    if not names or set(names) - set(TASKS):
+        fail(f"--tasks is {options.tasks!r}: expected all, or some of {','.join(TASKS)}")
+    model, tokenizer, _ = cram.load_model(file, dropout=0.1)  # 0.1 for all models [2]
+    device, options.dtype = cram.choose_device(options)
+    options.device = device.type
+    if options.lr == "auto":
+        options.lr = 4e-5 * (768 / model.cfg.width) ** 2
+    title = options.checkpoint
+    if title == "none":
+        title = f"random weights, shaped as {options.like}"
+    say(f"model    {title}; lr {options.lr:g}, {options.dtype} on {options.device}")
+
+    # What cannot be written or read shows now, not after hours.
+    kept = file.parent / "glue"
+    for folder in (kept, Path(options.submit or kept)):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     tasks = {name: load_task(TASKS[name], options, tokenizer, model.seq_len) for name in names}
-    # All that shapes a score, but for data and seed: a run in glue.json counts where it agrees in all of it.
-    setting = {"checkpoint": sha256(state["path"]), "random": scratch, "device": device.type,
-               "dtype": dtype, "epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
+
+    # All that shapes a score: a kept run counts where it agrees in all of it.
+    settings = {"checkpoint": sha256(file), "random": options.checkpoint == "none"}
+    for name in ("device", "dtype", "epochs", "batch_size", "lr"):
+        settings[name] = getattr(options, name)
+    medians = {}
+    results = []
     for name, data in tasks.items():
         task = TASKS[name]
-        work = partial(finetune, task, data, model, scratch, pad_id, options, device, dtype)
-        parts = [part.tobytes() for split in ("train", *columns(task, "dev")) for part in data[split]]
-        about = {"task": name, "data": hashlib.sha256(b"".join(parts)).hexdigest(), **setting}
-        seeds = [score_seed(task, data, work, {**about, "seed": seed}, kept) for seed in range(options.seeds)]
-        runs, predictions = zip(*seeds, strict=True)
-        results.append((task, runs, predictions, work))
-        row |= print_scores(task, runs, options.epochs * len(data["train"][1]))
-    print_table(title, row, names, options.seeds)
-    if options.submit:
-        submit(Path(options.submit), results)
+        folder = Path(options.glue_dir, task.folder)
+        splits = ["train", *columns(task, "dev")]
+        settings["files"] = [sha256(folder / f"{split}.tsv") for split in splits]
+        # The runs, unless they are kept from before.
+        counted, predictions = score_task(name, data, model, options, settings, kept)
+        medians |= counted
+        results.append((task, predictions))
 
-def main(argv=None):
-    options = Options(**parse_flags(Options, sys.argv[1:] if argv is None else argv, __doc__))
-    kept = Path(options.like if options.checkpoint == "none" else options.checkpoint) / "glue.json"
-    rest = f"finished runs are kept in {kept}, and the same command goes on from there"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    # A row for a README, and what it is the mean of.
+    mean = np.mean(list(medians.values()))
+    total = "GLUE average" if len(medians) == 9 else f"mean of these {len(medians)} columns"
+    row = [f"{value:.1f}" for value in (*medians.values(), mean)]
+    say(f"\n| model | {' | '.join(medians)} | {total} |\n|{' --- |' * (len(row) + 1)}")
+    say(f"| {title} | {' | '.join(row)} |\n")
+    say(f"Dev sets, median of seeds 0 to {options.seeds - 1}; WNLI is left out, as in the paper.")
+    if options.submit:
+        submit(Path(options.submit) / "submission.zip", results)
+
+
+def main(argv):
+    cram.prepare_output()
+    options = Options(**cram.parse_flags(Options, argv, __doc__, {"lr": (1e-9, 10)}))
+    # Where the weights, or the shape of random ones, come from: a folder, or the file itself.
+    file = Path(options.like if options.checkpoint == "none" else options.checkpoint)
+    if file.suffix != ".pt":
+        file = file / "checkpoint.pt"
+    again = shlex.join(["python", "finetune_glue.py", *argv])
+    rest = f"finished runs are kept in {file.parent / 'glue'}, and this goes on from there: {again}"
+    # A kill, or a terminal that goes away, ends as Ctrl-C does; but not under nohup.
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # no HUP in Windows
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
-        score_all(options, kept)
-    except (BadInput, OSError) as error:  # no network, a full disk, a folder that may not be written
-        fail(f"{error}; {rest}")
+        score_all(options, file)
     except KeyboardInterrupt:
-        print(f"\nstopped: {rest}")
+        say(f"stopped: {rest}")
         raise SystemExit(130) from None
+    except OSError as error:  # no network, a full disk, a folder that is read-only
+        fail(f"{error}; {rest}")
+    except (RuntimeError, MemoryError) as error:  # each device has its own way to say it
+        if "memory" not in repr(error).lower():
+            raise
+        fail(f"out of memory: a smaller --batch_size needs less, but is another setting; {rest}")
+
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

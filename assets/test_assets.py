@@ -1,0 +1,248 @@
+"""What the scripts in assets/ and the pages promise, checked offline on a CPU: pytest"""
+
+import csv
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cram
+import finetune_glue
+import prepare_data
+from assets import bench, fill, plot
+from test_cram import HERE, message, write_jsonl
+
+
+def test_bench_measures(capsys):
+    bench.main(["--size", "tiny", "--layers", "1", "--width", "64", "--micro_batch", "4"])
+    text = capsys.readouterr().out
+    numbers = re.search(r"(\d+) tokens/s, ([\d.e-]+) TFLOP/s\nmfu +([\d.]+)% of ([\d.e-]+)", text)
+    tokens, rate, mfu, peak = (float(number) for number in numbers.groups())
+    assert tokens > 0 and mfu == pytest.approx(100 * rate / peak, abs=0.2)
+
+
+def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
+    shutil.copy(trained / "checkpoint.pt", tmp_path / "my model.pt")
+    text = "the fox sees the bear under a tree, says the [MASK]. the [MASK] sees the cat"
+    answers = fill.fill(tmp_path / "my model.pt", text)
+    assert [len(answer) for answer in answers] == [5, 5]
+    assert answers[0][0][0] == "fox"
+    assert all(0 < chance < 1 for answer in answers for _, chance in answer)
+    fill.main([str(tmp_path / "my model.pt"), text.replace("[MASK]", "[mask]", 1)])
+    assert "[MASK] 2  " in capsys.readouterr().out
+
+
+def test_fill_reads_quotes_and_shows_control_characters_escaped(trained):
+    plain = fill.fill(trained, 'the "[MASK]" sees the cat')
+    assert plain == fill.fill(
+        trained, "the “[MASK]” sees the cat".replace("“", '"').replace("”", '"')
+    )
+    assert fill.readable(b"\x1b[2J") == "\\x1b[2J" and fill.readable(b"\xc3") == "\\xc3"
+
+
+def test_mistakes_of_fill(trained):
+    assert "there is no [MASK] in" in message(fill.main, [str(trained), "no mask"])
+    long = "the cat sees the dog " * 9 + "[MASK]"
+    assert "expected at most 32" in message(fill.main, [str(trained), long])
+    assert "expected a folder and a text" in message(fill.main, ["--help"])
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def write_log(path, points):
+    """A log with rows of (tokens, training loss, validation loss), the last two cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{t / 1e3},{t},{t / 1e12},{train},{val}\n" for t, train, val in points]
+    path.write_text(
+        "seconds,tokens,exaflops,train_loss,val_loss\n" + "".join(rows) + "2,0\n9,9,9,9,9"
+    )
+    return path
+
+
+def draw(capsys, *words):
+    """What plot prints, {class: [[(x, y) in pixels, ...], ...]} of its lines, and its texts."""
+    plot.main([str(word) for word in words])
+    lines, texts = {}, []
+    for e in xml.etree.ElementTree.parse(words[words.index("--to") + 1]).iter():
+        if e.tag.endswith("text"):
+            texts.append(e.text)
+        elif e.tag.endswith("path") and "h20" not in e.get("d"):  # h20: a sample in the key
+            pairs = re.findall(r"([\d.]+) ([\d.]+)", e.get("d"))
+            lines.setdefault(e.get("class"), []).append([(float(x), float(y)) for x, y in pairs])
+    return capsys.readouterr().out, lines, texts
+
+
+def test_numbers_are_where_they_belong(tmp_path, capsys):
+    points = [(0, "", 4.0), (1e6, 3.0, ""), (2e6, 1.0, 2.0), (2e6, "nan", "nan")]
+    words = write_log(tmp_path / "a < b/log.csv", points), "--to", tmp_path / "c.svg"
+    flags = "--x", "tokens", "--log", "false", "--unigram", "2.5"
+    said, lines, texts = draw(capsys, *words, *flags)
+    low, nat = 360 - 348 * 0.05 / 3.1, 348 / 3.1  # pixels: where 1 nat is, and how long
+    assert np.allclose(lines["line"], [[(340, low - 2 * nat), (630, low)]], atol=0.1)
+    assert np.allclose(lines["dots"], [[(50, low - 3 * nat), (630, low - nat)]], atol=0.1)
+    assert np.allclose(lines["dash"], [[(50, low - 1.5 * nat), (630, low - 1.5 * nat)]], atol=0.1)
+    assert {"a < b/log.csv", "unigram model 2.500", "million tokens", "3", "0.5"} <= set(texts)
+    assert "c.svg: 2 validation losses, 1 on the lower envelope: no power law" in said
+
+
+def test_a_logarithmic_axis_leaves_out_0_and_is_never_without_a_number(tmp_path, capsys):
+    words = tmp_path / "log.csv", "--to", tmp_path / "c.svg"
+    write_log(words[0], [(0, "", 9.0), (1e3, 3.0, ""), (1e4, 2.0, ""), (1e5, 1.0, "")])
+    _, lines, texts = draw(capsys, *words)
+    assert np.allclose([x for x, _ in lines["line"][0]], [50, 340, 630], atol=0.1)
+    assert {"1e-09", "2e-09", "1e-08", "exaFLOP"} <= set(texts)
+    write_log(words[0], [(1.1e3, 4.4, ""), (1.9e3, 4.3, "")])  # no round number is between
+    assert {"1.1", "1.9", "seconds"} <= set(draw(capsys, *words, "--x", "seconds")[2])
+
+
+@pytest.mark.parametrize("floor, a, b", [(2.0, 0.5, 0.3), (0.0, 3.0, 0.15), (3.5, 1e-4, 0.6)])
+def test_the_power_law_of_the_lower_envelope_is_found(floor, a, b):
+    best = [(c, floor + a * c**-b) for c in np.geomspace(1e-7, 1e-3, 8)]
+    worse = [(c * 1.5, loss + 0.3) for c, loss in best]
+    assert plot.lower_envelope([*worse, *best[::-1]]) == best
+    law = plot.power_law(best)
+    assert abs(law[0] - floor) < 0.12 and np.allclose(law[1:], (a, b), rtol=0.05)
+    assert plot.power_law(best[:3]) is None  # three numbers want four points
+    assert plot.power_law([(c, 1 / (1 + c)) for c in (1, 2, 3, 4, 50)])[0] >= 0  # as losses are
+
+
+def test_runs_logs_and_folders_of_them_are_read(tmp_path, trained, capsys):
+    for name in ("many/1.csv", "many/2.csv", "run/log.csv", "run/inner/log.csv"):
+        write_log(tmp_path / name, [(1e3, 5.0, 4.0)])
+    (tmp_path / "run/checkpoint.pt").write_text("damaged: it cannot tell the unigram line")
+    runs = trained, trained / "log.csv", tmp_path / "many", tmp_path / "run"
+    said, lines, texts = draw(capsys, *runs, "--to", tmp_path / "c.svg")
+    one, same, many, run = (len(dots) for dots in lines["dots"])
+    assert (one, many, run) == (same, 2, 1) and len(lines["line"]) == 3
+    assert re.fullmatch(r".*unigram model \d\.\d{3}L = .*", "".join(texts))  # one, of the same text
+    assert "no unigram line" in said and f"{2 * one + 3} validation losses" in said
+
+
+def test_mistakes_in_plot_are_sentences(tmp_path, trained):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    table = [
+        ([tmp_path / "other.csv"], "other.csv has no log with a loss: expected a run's folder"),
+        ([trained / "checkpoint.pt"], "checkpoint.pt has no log with a loss"),
+        ([trained, "--to", "c.png"], "--to c.png: the picture is an SVG, expected a name that"),
+        ([trained, "--to", tmp_path / "other.csv/c.svg"], "no picture was written"),
+        (["--to", "c.svg"], "no run is named: expected python cram.py plot OUT"),
+    ]
+    for words, sentence in table:
+        assert sentence in message(plot.main, [str(word) for word in words])
+
+
+# The pages ---------------------------------------------------------------------------------------
+
+NAMES = ("README.md", "assets/experiments.md", "assets/course.md")
+PAGES = {HERE / name: (HERE / name).read_text() for name in NAMES}
+README, EXPERIMENTS, COURSE = PAGES.values()
+
+
+def commands(page):
+    """Of the commands in a page's blocks that call our scripts, the words from the script on."""
+    for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
+        for line in re.split(r"\n|&&", block):
+            command = re.search(r"^ *(python|torchrun .*) (\w+\.py.*)", line)
+            if command:
+                yield shlex.split(command[2], comments=True)
+
+
+def with_flags(words, flags):
+    """`words` with these flags in place of what they say about them."""
+    for name, value in flags.items():
+        if name in words:
+            del words[words.index(name) : words.index(name) + 2]
+        words += [name, value]
+    return words
+
+
+LITTLE = {"--size": "tiny", "--layers": "1", "--width": "32", "--budget": "4steps"}
+SHORT = {"--vocab_size": "380", "--seq_len": "32", "--workers": "1", "--filter": "0.9"}
+
+
+def test_the_commands_of_readme_and_course_run(tmp_path, data, stories, monkeypatch):
+    """In their order, in a fresh folder, on little text. Of those that download, the flags."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_texts").mkdir()
+    write_jsonl(Path("my_texts/a.jsonl"), stories)
+    write_jsonl(Path("notes.jsonl"), stories[:9])
+    shutil.copytree(data, "data/docs")
+    shutil.copytree(data, "data/c4")
+    runs = {}  # data: a run on it; of the others on it only the settings are checked
+    for script, *words in [*commands(README), *commands(COURSE)]:
+        if script == "finetune_glue.py" or "c4" in words:
+            script = {"finetune_glue.py": finetune_glue}.get(script, prepare_data)
+            assert cram.parse_flags(script.Options, words, "", {})
+        elif script == "prepare_data.py":
+            prepare_data.main(with_flags(words, SHORT))
+        elif words[:1] == ["plot"]:
+            plot.main(words[1:])
+        elif words[:1] == ["fill"]:
+            subprocess.run([sys.executable, HERE / script, *words], check=True)
+        elif "--resume" in words:
+            cram.main(words)
+        else:
+            cfg = cram.make_config(cram.parse_flags(cram.Config, words, "", {}))
+            if cfg.data in runs:
+                shutil.copytree(runs[cfg.data], cfg.out, dirs_exist_ok=True)
+            else:
+                cram.main(with_flags(words, LITTLE))
+                runs[cfg.data] = cfg.out
+    assert len(runs) == 3 and Path("law.svg").exists()
+
+
+def test_links_lead_to_what_exists_and_every_log_has_one():
+    linked = set()
+    for page, text in PAGES.items():
+        for words, target in re.findall(r"\[([^\]]*)\]\((?!https)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            linked.add(file)
+            assert file.exists(), target
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", PAGES[file].lower(), re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", t).replace(" ", "-") for t in titles]
+            if file.suffix == ".py" and words[0] == "`":
+                defined = re.findall(r"^(?:def|class) (\w+)", file.read_text(), re.MULTILINE)
+                assert words.strip("`") in defined, words
+    logs = [file for kind in ("csv", "log", "svg") for file in HERE.glob(f"assets/**/*.{kind}")]
+    assert set(logs) <= linked
+
+
+def test_losses_are_those_of_the_logs_beside_them():
+    """A link's text is the loss of its log, or the row has median and range of those it links."""
+    checked = 0
+    for page, text in PAGES.items():
+        for line in text.splitlines():
+            seeds = []
+            for words, log in re.findall(r"\[([\d.]+)\]\(([^)]+\.csv)\)", line):
+                rows = list(csv.DictReader((page.parent / log).open(newline="")))
+                loss = [float(row["val_loss"]) for row in rows if row["val_loss"]][-1]
+                seeds += [loss] if "." not in words else []
+                assert "." not in words or words == f"{loss:.2f}", line
+                checked += 1
+            spread = f" ({min(seeds):.2f} to {max(seeds):.2f})" if len(seeds) > 1 else ""
+            assert not seeds or f"| {np.median(seeds):.2f}{spread} |" in line, line
+    assert checked > 200
+
+
+def test_readme_is_short_and_finished():
+    before, first, *_ = re.split(r"```(?:sh\n)?", README)
+    assert len(README.split()) <= 2500 and len((before + first).split()) <= 150
+    assert "python cram.py\n" in first and "python cram.py fill" in first
+    tables = re.findall(r"^(\|.*)\n\| ---.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert len(tables) <= 3
+    assert all(re.search(r"\d", row) for _, rows in tables for row in rows.splitlines())
+    assert "@@" not in "".join(PAGES.values())
+    troubles = README.split("## If something goes wrong")[1].split("##")[0]
+    scripts = "cram.py", "prepare_data.py", "finetune_glue.py"
+    sources = "".join((HERE / name).read_text() for name in scripts)
+    for words in re.findall(r"`([^`]+)`", troubles):  # flags and messages
+        assert words.startswith("--") or words in sources, words
