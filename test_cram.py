@@ -25,6 +25,7 @@ from collections import Counter
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +263,7 @@ def test_the_files_do_not_depend_on_the_workers(tmp_path, data, source, monkeypa
 def test_the_manifest_says_what_is_there(data):
     meta, _, rows = load(data)
     assert meta["rows"] == {split: len(rows[split]) for split in rows}
+    assert meta["options"]["sort"] == "sentences"  # the paper's final order is the default
     assert meta["tokens"] == {split: rows[split].size for split in rows}
     assert meta["special_tokens"] == {"[PAD]": 376, "[CLS]": 377, "[SEP]": 378, "[MASK]": 379}
     for name, file in meta["files"].items():
@@ -300,9 +302,12 @@ def test_all_spellings_of_text_files_are_read_and_others_named(tmp_path, stories
 def test_a_single_book_has_something_to_hold_out(tmp_path, stories, ends, monkeypatch):
     monkeypatch.setattr(prepare_data, "MAX_BYTES", 9000)  # it is read in parts
     (tmp_path / "book.txt").write_bytes(ends.join(stories).encode())
-    meta, _, rows = load(prepare(tmp_path / "book.txt", tmp_path / "d", val_share="auto"))
+    auto = {"val_share": "auto", "filter": "auto"}
+    meta, _, rows = load(prepare(tmp_path / "book.txt", tmp_path / "d", **auto))
     assert meta["documents"]["read"] > 50 and len(rows["val"]) > 0
     assert 34000 < sum(meta["tokens"].values()) < 35000  # all of it
+    halvings = 15 - math.log2(380)  # from the vocabulary to which the paper's 0.25 belongs
+    assert meta["options"]["filter"] == pytest.approx(0.25 + 0.007 * halvings**2)
 
 
 def test_docstrings_are_read_without_importing(tmp_path):
@@ -1042,19 +1047,15 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, tokens, *others)
 
-    class Cuda:  # what fit() asks of a GPU
-        type = "cuda"
-
+    gpu, zeros = SimpleNamespace(type="cuda"), torch.zeros  # what fit() asks of a GPU
     monkeypatch.setattr(cram.Model, "forward", little_memory)
-    monkeypatch.setattr(
-        torch, "zeros", lambda *shape, dtype, device: torch.ones(shape, dtype=dtype)
-    )
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(shape, dtype=dtype))
     autocast = torch.autocast("cpu", enabled=False)
     cfg.compile, limit = False, 20
-    assert cram.fit(model, cfg, Cuda(), autocast)[1] == 16
+    assert cram.fit(model, cfg, gpu, autocast)[1] == 16
     assert sizes == [64, 32, 16] and all(p.grad is None for p in model.parameters())
     limit = 0
-    assert "choose a smaller --size" in message(cram.fit, model, cfg, Cuda(), autocast)
+    assert "choose a smaller --size" in message(cram.fit, model, cfg, gpu, autocast)
 
 
 def test_later_out_of_memory_is_a_sentence(tmp_path, data, monkeypatch):
@@ -1115,7 +1116,6 @@ MISTAKES = [
     ("--size huge", "got 'huge', expected auto or tiny or mini"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
     ("--seed 1 --seed 2", "--seed is given twice"),
-    ("--budget 5 minutes", "unrecognized arguments: minutes"),
     ("--budget 5", "budget '5' is not understood: expected one like 90s"),
     ("--width 33", "expected even ones"),
     ("--device tpu", "device 'tpu' cannot be used here"),
