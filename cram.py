@@ -68,7 +68,7 @@ class Config:
     positions: Literal["rotary", "sinusoidal", "learned"] = "rotary"
     head: bool = False  # dense layer, GELU, LayerNorm and a bias around the decoder
     linear_bias: bool = False  # biases in the linear layers
-    norm_bias: bool = False  # biases in LayerNorm
+    norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     dropout: float = 0.0
     shallow: float = 0.6  # share of the budget in which only half of the blocks are trained
@@ -143,7 +143,7 @@ def convert(f, limits, word):
         return word == "true"
     expected = " or ".join(choices or ("true", "false"))
     if f.type in (int, float):
-        at_least = 1 if f.type is int and f.default != 0 else 0
+        at_least = 1 if f.type is int and f.default != 0 else 0  # a seed may be 0, a count not
         low, high = limits.get(f.name, (at_least, 1e9))
         expected = f"{f.type.__name__} from {low:g} to {high:g}"
         with suppress(ValueError):
@@ -166,7 +166,7 @@ def make_config(given):
     fill_in(cfg, lr=LR_AT_BASE[cfg.recipe] * (768 / cfg.width) ** 0.75)
     fill_in(cfg, mask_rate=0.4 if cfg.width >= 256 else 0.25)  # Wettig et al. 2023
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, heads {cfg.heads}, ffn_width {cfg.ffn_width}: expected even ones")
+        fail(f"width {cfg.width} and ffn_width {cfg.ffn_width}: expected even ones, for each head")
     if cfg.warmup + cfg.cooldown > 1:
         fail(f"warmup {cfg.warmup} and cooldown {cfg.cooldown}: expected at most 1 together")
     return cfg
@@ -180,13 +180,13 @@ def fill_in(cfg, **values):
 
 
 def prepare_output():
-    """No character ends a program: one that the terminal cannot show is printed as its number."""
+    """Prints what a terminal cannot encode as a \\xNN, instead of raising."""
     if sys.stdout:  # None: closed by the shell, with >&-
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(text="", end="\n"):
-    """Prints at once. No print ends the work: what a closed pipe or full disk refuses is lost."""
+    """Prints at once. It never raises: what a closed pipe or a full disk refuses is lost."""
     on_terminal = sys.stdout and sys.stdout.isatty()
     try:
         print("\r\033[K" + text if on_terminal else text, end=end, flush=True)
@@ -254,7 +254,7 @@ def mask_rows(rows, rng, cfg, vocab_size):
     seq_len = rows.shape[1]
     count, masked, randoms = mask_counts(cfg, seq_len)
     noise = rng.random((len(rows), seq_len + randoms))
-    where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # K positions, in random order
+    where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # any K positions, in random order
     targets = np.take_along_axis(rows, where, axis=1)
     shown = targets.copy()
     shown[:, :masked] = vocab_size - 1  # [MASK], the last of the specials
@@ -274,7 +274,7 @@ def make_batches(rows, numbers, size, rng, cfg, vocab_size, device):
         yield [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
-# ---- Model ---------------------------------------------------------------------------------------
+# ---- Model: B rows of S tokens, K of them to predict; width W, D a head --------------------------
 def rotate(x, rotation):
     """Rotary positions (Su et al. 2021): turns the pairs (i, i + D/2) of x (..., S, D)."""
     cos, sin = rotation  # each (S, D / 2)
@@ -314,7 +314,7 @@ class Block(nn.Module):
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
         dropout = self.cfg.dropout if self.training else 0.0
-        if x.device.type == "cpu" and S <= 256:  # there, in bf16, it is a fifth faster
+        if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
             y = plain_attention(q, k, v, mask, dropout)
         else:  # the same, in one kernel
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -362,7 +362,7 @@ class Model(nn.Module):
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
         self.register_buffer("rotation", rotation, persistent=False)
         norm = partial(nn.LayerNorm, cfg.width, eps=1e-12, bias=cfg.norm_bias)
-        self.embedding_norm = norm()
+        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # for export.py: exact so
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
@@ -402,7 +402,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self, depth=None):
-        """To train on a token: 6 a weight that it meets, and 12 S W of attention a block."""
+        """To train on a token: 6 (2 forward) a weight that it meets, 12 S W of scores a block."""
         blocks = self.blocks[:depth]
         weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
         predicted = mask_counts(self.cfg, self.seq_len)[0] / self.seq_len  # share of the tokens
@@ -412,8 +412,7 @@ class Model(nn.Module):
 
 # ---- Optimisers ----------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), for matrices: a step along the momentum, orthogonalised. As
-    torch.optim.Muon, but not always in bf16, which a CPU that emulates it is slow at."""
+    """Muon (Jordan et al. 2024): orthogonalised steps for matrices. torch's is in bf16 always."""
 
     def __init__(self, params, peak, weight_decay, dtype):
         super().__init__(params, {"peak": peak, "weight_decay": weight_decay})
@@ -428,7 +427,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             ahead = p.grad.lerp(momentum, 0.95)  # Nesterov's momentum
-            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5  # an output moves as far in any shape
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(orthogonalise(ahead.to(self.dtype)), alpha=-group["lr"] * scale)
 
@@ -445,7 +444,7 @@ def orthogonalise(x):
 
 
 def make_optimizers(model, cfg, dtype):
-    """{"adamw": for all, "muon": or for all but the blocks' matrices}; `peak`: the highest rate."""
+    """{"adamw": for all}, or {"adamw": for the rest, "muon": for the matrices of the blocks}."""
     inside, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -476,7 +475,7 @@ def parse_budget(text):
 
 
 def lr_at(p, cfg):
-    """Share of the peak rate: up, level, down to 0. cram's is a triangle with its peak at 75%."""
+    """Share of the peak rate: up (from 0 the first step only fills the moments), level, down."""
     if p < cfg.warmup:
         return cfg.lr_start + (1 - cfg.lr_start) * p / cfg.warmup
     if p > 1 - cfg.cooldown:
@@ -485,21 +484,21 @@ def lr_at(p, cfg):
 
 
 def batch_at(p, cfg):
-    """Rows in the step: a multiple of 8 that grows to batch_size over the ramp [4.3]."""
+    """Rows in the step: over the ramp multiples of 8, up to batch_size, which then stays [4.3]."""
     if p >= cfg.batch_ramp:
         return cfg.batch_size
     return min(cfg.batch_size, 8 + 8 * math.floor(cfg.batch_size * p / cfg.batch_ramp / 8))
 
 
 def depth_at(p, cfg):
-    """Blocks in the step. The later ones join as the identity (zero_init) and learn from there."""
+    """Blocks in the step. With zero_init the later ones join as the identity and learn then."""
     if p >= cfg.shallow:
         return cfg.layers
     return min(cfg.layers, max(2, cfg.layers // 2))  # one block alone learns too little
 
 
 def auto_batch(amount, unit, flops_per_token, machine_rate, cfg):
-    """Rows for the tokens that the budget will buy: 8192 for 1e10 as in the paper, or fewer."""
+    """Rows for the tokens that the budget will buy: the paper's 8192 for 1e10, fewer for fewer."""
     if unit == "steps":  # the tokens follow from the batch, so it cannot follow from them
         return 32
     if unit == "seconds":
@@ -517,7 +516,7 @@ def choose_device(cfg):
     """(device, dtype): what was asked for, or what this machine does best."""
     name = cfg.device
     if name == "auto":
-        name = torch.accelerator.current_accelerator() or "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":  # under torchrun each process has its own
@@ -554,13 +553,12 @@ def fit(model, cfg, device, autocast):
     forward = torch.compile(model) if wanted else model
     rows = min(cfg.micro_batch, cfg.batch_size)
     while forward is not model or device.type == "cuda":
-        # A pass over made-up tokens, with as much memory taken as the optimiser will need.
-        try:
+        try:  # a pass, with the memory that the optimiser will need; a failure changes one thing
             _reserve = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
             where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]
             with autocast:
-                loss = forward(tokens, where, where, depth_at(0, cfg))
+                loss = forward(tokens, where, where, cfg.layers)
             loss.backward()
             break
         except torch.OutOfMemoryError:
@@ -584,6 +582,13 @@ def join_processes():
     if dist.get_rank() > 0:  # the first one decides, prints and saves
         sys.stdout = None
     return dist.get_rank(), dist.get_world_size()
+
+
+def agree(values, world):
+    """The list of values as the first process has them."""
+    if world > 1:
+        dist.broadcast_object_list(values)
+    return values
 
 
 # ---- Checkpoint and log --------------------------------------------------------------------------
@@ -639,9 +644,9 @@ def load_checkpoint(folder):
 
 
 def save_checkpoint(path, cfg, run, meta, parts):
-    """Replaces the checkpoint, but for that of a run which started at the same time as this one."""
-    expected = run.step or cfg.resume or cfg.overwrite
-    if path.exists() and not expected:
+    """Replaces this run's checkpoint; refuses to replace one that appeared since the run began."""
+    ours = run.step or cfg.resume or cfg.overwrite
+    if path.exists() and not ours:
         fail(f"{path} was just written by another run: give each run an --out of its own")
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
@@ -673,15 +678,14 @@ def load_or_prepare(cfg, state, rank, world):
         say(f"{cfg.data} is not there yet: preparing the embedded corpus")
         if run_script("prepare_data.py", "--out", cfg.data):
             raise SystemExit(1)  # it has said why
-    if world > 1:
-        dist.barrier()  # the other processes wait for the first
+    agree([0], world)  # the other processes wait for the first
     meta, train_rows, val_rows = load_data(cfg.data)
     if state and state["meta"]["files"] != meta["files"]:
         fail(f"{cfg.data} is not the data of this run: name its folder with --data")
     return meta, train_rows, val_rows
 
 
-def log_row(log, run, before, evaluated, cfg, seq_len, peak):
+def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
     """Writes a row of log.csv and prints its numbers. before: the Run at the row before it."""
     p, seconds = run.progress, max(run.seconds - before.seconds, 1e-9)
     speed = round((run.reads - before.reads) * seq_len / seconds)
@@ -691,7 +695,7 @@ def log_row(log, run, before, evaluated, cfg, seq_len, peak):
         "tokens": run.reads * seq_len, "exaflops": run.flops / 1e18, "lr": cfg.lr * lr_at(p, cfg),
         "batch_rows": run.batch_rows, "train_loss": loss,
         "val_loss": run.val_loss if evaluated else "", "grad_norm": run.grad_norm,
-        "tokens_per_s": speed, "mfu": round((run.flops - before.flops) / seconds / peak, 4),
+        "tokens_per_s": speed, "mfu": round((run.flops - before.flops) / seconds / machine_rate, 4),
     }  # fmt: skip
     if log.tell() == 0:
         log.write(",".join(row) + "\n")
@@ -707,14 +711,12 @@ def log_row(log, run, before, evaluated, cfg, seq_len, peak):
     show(f"[{'#' * int(p * 20):20}] {text}")
 
 
-def describe(cfg, model, meta, machine, peak):
+def describe(cfg, meta, machine, machine_rate):
     """Prints what will be trained, on what, and for how long."""
-    if "cpu, fp16" in machine:
+    if machine == "1 x cpu, fp16":
         say("warning: fp16 is very slow on a CPU: --dtype fp32 or bf16 is not")
-    flops = model.flops_per_token() / 1e6
-    weights = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"model    {cfg.recipe} {cfg.size}: {weights:.1f} M weights, {flops:.1f} MFLOP a token")
-    say(f"machine  {machine}, {peak / 1e9:.0f} GFLOP/s in a large matrix product")
+    say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
+    say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
     say(f"budget   {cfg.budget}: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows")
 
@@ -724,9 +726,9 @@ def describe(cfg, model, meta, machine, peak):
 def evaluate(model, rows, depth, device, autocast):
     """Mean loss in nats over `rows`, masked in one way for all runs: so their losses compare."""
     model.eval()
-    numbers, rng, same = np.arange(len(rows)), np.random.default_rng(0), Config(mask_rate=0.25)
+    numbers, rng, fixed = np.arange(len(rows)), np.random.default_rng(0), Config(mask_rate=0.25)
     total = 0
-    for batch in make_batches(rows, numbers, 64, rng, same, model.vocab_size, device):
+    for batch in make_batches(rows, numbers, 64, rng, fixed, model.vocab_size, device):
         with autocast:
             total += model(*batch, depth) * len(batch[0])
     model.train()
@@ -740,11 +742,12 @@ def take_step(run, loss, rate, model, optimizers, scaler, cfg):
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     loss, norm = torch.stack((loss, norm)).tolist()  # only here does a step wait for the device
     if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # else a smaller scale may help
-        fail(f"no finite loss at step {run.step}: --resume with --dtype fp32, or a smaller --lr")
+        fail(f"no finite loss at step {run.step}: --resume --dtype fp32, or try a smaller --lr")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
-        scaler.step(optimizer)  # fp16: left out where the gradient is not finite
+        if math.isfinite(norm):  # fp16 at first has too large a scale
+            scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
     run.losses.append(loss)
@@ -762,7 +765,7 @@ def train(given):
     path = Path(cfg.out) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    # The clock starts here: all that follows, compiling and evaluating too, spends the budget.
+    # The clock starts here: all that follows, but the last evaluation and save, spends the budget.
     run = Run(**state["run"]) if state else Run()
     start = time.monotonic() - run.seconds
     torch.manual_seed(cfg.seed)
@@ -772,41 +775,40 @@ def train(given):
     parts = {"model": model, "scaler": scaler, **optimizers}
     if state:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state[name] or part.state_dict())  # fp16's scaler may be new
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
-    peak = matmul_rate(device, dtype) * world  # FLOP/s
-    fill_in(cfg, batch_size=auto_batch(amount, unit, model.flops_per_token(), peak, cfg))
+    (machine_rate,) = agree([matmul_rate(device, dtype) * world], world)  # FLOP/s
+    fill_in(cfg, batch_size=auto_batch(amount, unit, model.flops_per_token(), machine_rate, cfg))
+    if world > min(8, cfg.batch_size):
+        fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
 
     order = np.random.default_rng(cfg.seed).permutation(len(train_rows))
-    if not cfg.shuffle:  # one pass as on disk, the next in random order, and so on
+    if not cfg.shuffle:  # one pass as on disk, the next in this random order, and so on
         order = np.concatenate((np.arange(len(train_rows)), order))
-    draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers for the masks of a row
+    draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers that mask_rows draws for a row
 
-    # A resumed run cuts off the rows that its log has from after the save.
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
     log = open(log_path, "a" if run.step else "w", buffering=1)  # by lines: a row is on the disk
-    if log.tell() > run.log_size:
-        log.truncate(run.log_size)
-    before = replace(run)  # at the last row of the log
+    if log.tell() > run.log_size:  # rows from after the save
+        log.seek(log.truncate(run.log_size))
+    before = replace(run)  # at the last row of the log; after a resume, at the save
     saved_at = run.seconds
     signals = []  # that asked to stop: Ctrl-C, kill, a terminal or a pipe that has gone
     for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"} & set(dir(signal)):
         number = getattr(signal, name)
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: signals.append(number))
-    describe(cfg, model, meta, f"{world} x {device.type}, {dtype}", peak)
+    describe(cfg, meta, f"{world} x {device.type}, {dtype}", machine_rate)
 
     while True:
         # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps,
-        # and the checkpoint is written first: so a resumed run looks at the same steps.
+        # and it is written before they count what is done now: a resumed run does that again.
         run.seconds = time.monotonic() - start
         spent = {"seconds": run.seconds, "steps": run.step, "tokens": run.reads * seq_len}
-        decided = [min(1.0, spent.get(unit, run.flops) / amount), max(signals, default=0)]
-        if world > 1:
-            dist.broadcast_object_list(decided)
-        run.progress, stop = decided
-        p = run.progress
+        p = min(1.0, spent.get(unit, run.flops) / amount)
+        p, stop = agree([p, max(signals, default=0)], world)
+        run.progress = p
         depth = depth_at(p, cfg)
         eval_due = p * cfg.evals >= run.evals
         save_due = eval_due or stop or run.seconds > saved_at + 600
@@ -818,14 +820,14 @@ def train(given):
             run.val_loss = evaluate(model, val_rows[:512], depth, device, autocast)
             run.evals = math.floor(p * cfg.evals) + 1  # a long step may pass several
         if eval_due or (run.losses and run.step % 10 == 0):
-            log_row(log, run, before, eval_due, cfg, seq_len, peak)
+            log_row(log, run, before, eval_due, cfg, seq_len, machine_rate)
             run.losses.clear()
             before = replace(run)
         if p >= 1 or stop:
             break
 
         # Learn: one step of the optimisers at progress p; each process takes its share of the rows.
-        rows = batch_at(p, cfg)
+        rows = run.batch_rows = batch_at(p, cfg)
         first, last = rank * rows // world, (rank + 1) * rows // world
         numbers = order[np.arange(run.reads + first, run.reads + last) % len(order)]
         rng = np.random.default_rng((cfg.seed, run.step))
@@ -838,12 +840,11 @@ def train(given):
             scaler.scale(part).backward()
             loss += part.detach()
         if world > 1:
-            for tensor in (loss, *(p.grad for p in model.parameters() if p.grad is not None)):
+            for tensor in (loss, *(w.grad for w in model.parameters() if w.grad is not None)):
                 dist.all_reduce(tensor)
         run.step += 1
         run.reads += rows
         run.flops += rows * seq_len * model.flops_per_token(depth)
-        run.batch_rows = rows
         take_step(run, loss, lr_at(p, cfg), model, optimizers.values(), scaler, cfg)
 
     if stop:
@@ -891,7 +892,7 @@ def main(argv):
         fail("out of memory: --resume with a smaller --micro_batch; the batch stays what it is")
     except OSError as error:  # a full disk, a folder that may not be written
         fail(f"{error}: what was saved before is kept")
-    except KeyboardInterrupt:  # before the loop, which catches the first one
+    except KeyboardInterrupt:  # before the loop: in it, signals only ask to stop
         raise SystemExit(130) from None
 
 

@@ -1,22 +1,27 @@
 """What the scripts in assets/ and the pages promise, checked offline on a CPU: pytest"""
 
 import csv
+import json
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import layer_norm
 
 import cram
 import finetune_glue
 import prepare_data
-from assets import bench, fill, plot
-from test_cram import HERE, message, write_jsonl
+from assets import bench, export, fill, plot
+from test_cram import ANIMALS, HERE, message, run_cram, write_jsonl
 
 
 def test_bench_measures(capsys):
@@ -32,7 +37,7 @@ def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
     text = "the fox sees the bear under a tree, says the [MASK]. the [MASK] sees the cat"
     answers = fill.fill(tmp_path / "my model.pt", text)
     assert [len(answer) for answer in answers] == [5, 5]
-    assert answers[0][0][0] == "fox"
+    assert {word for word, _ in answers[0]} <= set(ANIMALS)
     assert all(0 < chance < 1 for answer in answers for _, chance in answer)
     fill.main([str(tmp_path / "my model.pt"), text.replace("[MASK]", "[mask]", 1)])
     assert "[MASK] 2  " in capsys.readouterr().out
@@ -138,6 +143,88 @@ def test_mistakes_in_plot_are_sentences(tmp_path, trained):
         assert sentence in message(plot.main, [str(word) for word in words])
 
 
+# A checkpoint opens elsewhere --------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def exported(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "hf"
+    export.main([str(trained), str(folder)])
+    return folder
+
+
+def test_an_export_holds_the_weights_of_the_checkpoint(trained, exported):
+    content = (exported / "model.safetensors").read_bytes()  # read as the format is described
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, theirs, end = json.loads(content[8:start]), {}, 0
+    assert header.pop("__metadata__") == {"format": "pt"}
+    for name, about in header.items():
+        first, last = about["data_offsets"]
+        assert first == end and about["dtype"] == "F32"  # no gap, no overlap
+        part, end = bytearray(content[start + first : start + last]), last
+        theirs[name] = torch.frombuffer(part, dtype=torch.float32).view(about["shape"])
+    assert start + end == len(content) and start % 8 == 0
+
+    ours = cram.load_checkpoint(trained)["model"]
+    here = "attn_norm", "qkv", "attn_out", "ffn_norm", "ffn_in", "ffn_out"
+    there = "attn_norm", "attn.Wqkv", "attn.Wo", "mlp_norm", "mlp.Wi", "mlp.Wo"
+    expected = {"model.embeddings.norm.weight": torch.ones(32)}
+    expected["model.embeddings.tok_embeddings.weight"] = ours["embedding.weight"]
+    for i in (0, 1):
+        for a, b in zip(here, there, strict=True):
+            expected[f"model.layers.{i}.{b}.weight"] = ours[f"blocks.{i}.{a}.weight"]
+        up = f"model.layers.{i}.mlp.Wi.weight"
+        expected[up] = expected[up].roll(32, 0)  # 64 rows: gate and value change places
+    expected["model.layers.0.attn.Wqkv.weight"] *= expected.pop("model.layers.0.attn_norm.weight")
+    last = [theirs.pop(f"{n}.weight") for n in ("model.final_norm", "head.dense", "head.norm")]
+    assert theirs.keys() == expected.keys()
+    assert all(torch.equal(theirs[name], expected[name]) for name in theirs)
+    x = torch.randn(5, 32)  # their two norms are our last one: the matrix between undoes the first
+    norm = layer_norm(x, (32,), ours["final_norm.weight"])
+    assert torch.allclose(layer_norm(x, (32,), last[0]), norm)
+    assert torch.allclose(layer_norm(norm @ last[1].T, (32,), last[2]), norm, atol=1e-5)
+
+
+def test_an_export_tells_the_numbers_of_its_run(trained, exported):
+    run = cram.load_checkpoint(trained)["run"]
+    numbers = f"{run['reads'] * 32} |", f"{run['flops']:.3g} |", f"{run['val_loss']:.3f} nats"
+    readme = (exported / "README.md").read_text()
+    assert all(words in readme for words in ("recipe modern", "stories.jsonl", *numbers))
+
+
+def test_its_merges_give_the_tokens_of_tiktoken(trained, exported):
+    made = json.loads((exported / "tokenizer.json").read_text())
+    order = {tuple(merge.split(" ")): i for i, merge in enumerate(made["model"]["merges"])}
+    tokenizer, letters, rng = cram.load_model(trained)[1], export.byte_letters(), random.Random(0)
+    texts = ["".join(rng.choices("aehnorst .", k=rng.randint(1, 40))) for _ in range(300)]
+    for piece in re.findall(cram.PATTERN, "|".join([*texts, " behind the garden", "a" * 32])):
+        parts = [letters[byte] for byte in piece.encode()]
+        while order.keys() & set(pairwise(parts)):  # byte-level BPE: the first merge, leftmost
+            ranks = [order.get(pair, 1e9) for pair in pairwise(parts)]
+            i = ranks.index(min(ranks))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids = [made["model"]["vocab"][part] for part in parts]
+        assert ids == tokenizer.encode_ordinary(piece)
+
+
+def test_what_cannot_be_exported_is_a_sentence_and_leaves_nothing(trained, data, tmp_path):
+    run_cram(data, tmp_path / "cram", "1steps", "--recipe", "cram")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("not to be lost")
+    torch.save({"format": 99}, tmp_path / "other.pt")
+    before = sorted(tmp_path.rglob("*"))
+    for out, folder, words in (
+        (tmp_path / "cram", "a", "no class for recipe cram with positions sinusoidal, norm_bias"),
+        (tmp_path / "other.pt", "a", "not from this version"),
+        (trained, "mine", "mine exists already: choose another folder"),
+        (trained, "other.pt/a", "nothing was written to"),
+    ):
+        assert words in message(export.main, [str(out), str(tmp_path / folder)])
+    assert "expected two folders" in message(export.main, ["out/cram"])
+    limit = f"ulimit -f 20; exec '{sys.executable}' assets/export.py '{trained}' '{tmp_path}/a'"
+    full = subprocess.run(["bash", "-c", limit], cwd=HERE, capture_output=True, check=False)
+    assert full.returncode == 1 and b"nothing was written to" in full.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # The pages ---------------------------------------------------------------------------------------
 
 NAMES = ("README.md", "assets/experiments.md", "assets/course.md")
@@ -184,7 +271,7 @@ def test_the_commands_of_readme_and_course_run(tmp_path, data, stories, monkeypa
             prepare_data.main(with_flags(words, SHORT))
         elif words[:1] == ["plot"]:
             plot.main(words[1:])
-        elif words[:1] == ["fill"]:
+        elif words[0] in ("fill", "export"):
             subprocess.run([sys.executable, HERE / script, *words], check=True)
         elif "--resume" in words:
             cram.main(words)
