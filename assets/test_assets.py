@@ -271,7 +271,7 @@ def test_the_commands_of_readme_and_course_run(tmp_path, data, stories, monkeypa
             prepare_data.main(with_flags(words, SHORT))
         elif words[:1] == ["plot"]:
             plot.main(words[1:])
-        elif words[0] in ("fill", "export"):
+        elif words[:1] in (["fill"], ["export"]):
             subprocess.run([sys.executable, HERE / script, *words], check=True)
         elif "--resume" in words:
             cram.main(words)
