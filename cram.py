@@ -108,6 +108,7 @@ SHARES = ("mask_rate", "dropout", "shallow", "lr_start", "warmup", "cooldown", "
 
 def fail(message):
     """Ends the program on a user's mistake: one sentence on stderr, exit code 1, no traceback."""
+    show("")  # in the place of a moving line
     raise SystemExit(f"error: {message}")
 
 
@@ -187,16 +188,15 @@ def prepare_output():
 
 def say(text="", end="\n"):
     """Prints at once. It never raises: what a closed pipe or a full disk refuses is lost."""
-    on_terminal = sys.stdout and sys.stdout.isatty()
     try:
-        print("\r\033[K" + text if on_terminal else text, end=end, flush=True)
+        print("\r\033[K" + text if os.isatty(1) else text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(text):
     """Shows a line that the next one replaces, on a terminal; nothing in a file."""
-    if sys.stdout and sys.stdout.isatty():
+    if os.isatty(1):
         say(text[: os.get_terminal_size().columns - 1], end="")
 
 
@@ -523,7 +523,7 @@ def choose_device(cfg):
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError):
+    except Exception:  # each build of torch has its own way to say so
         fail(f"device {cfg.device!r} cannot be used here: try cuda, mps, cpu or auto")
     if cfg.dtype != "auto":
         return device, cfg.dtype
@@ -638,16 +638,13 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code
         if state["format"] != FORMAT:
             raise ValueError
-    except Exception:  # a damaged file raises all kinds
-        fail(f"{path} is damaged, or not from this version of cram.py: use a copy, or train again")
+    except Exception as error:  # a damaged file raises all kinds
+        fail(f"{path} is damaged, or not from this version of cram.py ({type(error).__name__})")
     return state
 
 
 def save_checkpoint(path, cfg, run, meta, parts):
-    """Replaces this run's checkpoint; refuses to replace one that appeared since the run began."""
-    ours = run.step or cfg.resume or cfg.overwrite
-    if path.exists() and not ours:
-        fail(f"{path} was just written by another run: give each run an --out of its own")
+    """Replaces the checkpoint by one of plain types and tensors."""
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
     content["versions"] = {"python": sys.version, "torch": torch.version.__version__}
@@ -658,15 +655,16 @@ def save_checkpoint(path, cfg, run, meta, parts):
 
 def begin(given):
     """(Config, None) of a new run, or (Config, state) of the run in --out that is resumed."""
-    out = given.get("out", Config.out)
+    out = given.get("out", Config.out).removesuffix("/checkpoint.pt")
     if not given.get("resume"):
-        if (Path(out) / "checkpoint.pt").exists() and not given.get("overwrite"):
+        taken = [name for name in ("checkpoint.pt", "log.csv") if (Path(out) / name).exists()]
+        if taken and not given.get("overwrite"):
             fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
         return make_config(given), None
     state = load_checkpoint(out)
     saved = state["config"] | {"out": out}  # the folder may have been moved
-    may_change = {"data", "out", "resume", "device", "dtype", "compile", "micro_batch"}
-    for name in given.keys() - may_change:
+    may_change = {"data", "resume", "device", "dtype", "compile", "micro_batch"}
+    for name in given.keys() - may_change - {"out"}:
         if given[name] not in (saved[name], "auto"):
             fail(f"--{name} was {saved[name]} and cannot change in a resumed run: leave it out")
     return Config(**saved | {name: given[name] for name in given.keys() & may_change}), state
@@ -706,7 +704,7 @@ def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
         text += f"  loss {loss:.3f}  {speed} tokens/s  {left:.1f} min left"
     if evaluated:
         say(f"{text}  val {run.val_loss:.3f}")
-    elif int(40 * p) > int(40 * before.progress):
+    elif int(40 * p) > int(40 * before.progress) and not os.isatty(1):
         say(text)
     show(f"[{'#' * int(p * 20):20}] {text}")
 
@@ -789,7 +787,9 @@ def train(given):
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers that mask_rows draws for a row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
-    log = open(log_path, "a" if run.step else "w", buffering=1)  # by lines: a row is on the disk
+    if cfg.overwrite and not state:
+        log_path.unlink(missing_ok=True)
+    log = open(log_path, "a" if state or rank else "x", buffering=1)  # x: of two runs one fails
     if log.tell() > run.log_size:  # rows from after the save
         log.seek(log.truncate(run.log_size))
     before = replace(run)  # at the last row of the log; after a resume, at the save

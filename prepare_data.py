@@ -101,7 +101,7 @@ def download(url, path):
                     part.unlink()
                 elif status < 500 and status != 429:
                     fail(f"{url}: {problem} and no file: check the address, or a proxy's login")
-        except (ValueError, requests.exceptions.ProxyError) as error:  # a wrong scheme, say
+        except (ValueError, requests.exceptions.ProxyError, requests.exceptions.SSLError) as error:
             fail(f"{url}: {error}: check the address, and the proxy that HTTPS_PROXY names")
         except requests.RequestException as error:
             problem = f"no connection, or it broke ({type(error).__name__})"
@@ -136,10 +136,12 @@ def find_files(options, folder):
             hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
             if path.is_file() and TEXT.search(path.name) and not hidden:
                 found.append(path)
-            elif path.is_file():
+            elif path.is_symlink() or not path.is_dir():
                 others.append(path.name)
         if len(found) == before:
-            fail(f"--source {source} has no text: expected docs, c4, .txt, .jsonl, .json, also .gz")
+            fail(
+                f"--source {source} is not there, or holds no .txt, .jsonl or .json (or .gz of it)"
+            )
     if others:
         say(f"passed over {len(others)} hidden or other files: {', '.join(others[:5])} ...")
     return found
@@ -192,10 +194,10 @@ def read_file(path):
                     text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     found = f"{path}, line {number} is {line[:60].decode(errors='replace')!r}"
-                    fail(f'{found}: expected one {{"text": "..."}} in UTF-8, up to 16 MB')
+                    fail(f'{found}: expected one {{"text": "a string"}} in UTF-8, up to 16 MB')
                 yield len(line), text
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        fail(f"{path} is no text in UTF-8 ({error}): convert it, fetch it again, or leave it out")
+        fail(f"{path} cannot be read as UTF-8 ({error}): convert it, repair it or leave it out")
 
 
 def read_chunks(paths, share=1.0, documents=math.inf):
@@ -323,7 +325,8 @@ def learn_vocabulary(paths, options):
     most = len(tokens) + len(SPECIALS)
     if most < options.vocab_size:
         found = f"{documents} documents hold {len(words)} words of ASCII, all that is kept"
-        fail(f"{found}, enough for --vocab_size {most}: give more text, or a smaller vocabulary")
+        enough = f"enough for --vocab_size {most}" if most > 260 else "too little for any"
+        fail(f"{found}, {enough}: give more text, or a smaller --vocab_size")
     return tokens, documents / share
 
 
@@ -489,27 +492,24 @@ def begin(target):
 def main(argv):
     cram.prepare_output()
     options = Options(**cram.parse_flags(Options, argv, __doc__, LIMITS))
-    # What is still auto follows from the source.
     first, *others = options.source
     if others and {"docs", "c4"} & set(options.source):  # they are words, not paths
         fail("--source docs and c4 stand alone: for a file or folder of that name write ./docs")
     name = Path(first).resolve().name.strip(".").partition(".")[0]  # of a.jsonl.gz: a
     fill_in(options, out=f"data/{name or 'text'}", vocab_size=8192 if first == "docs" else 32768)
-    # The paper's 0.25 tokens a character belong to 2^15 tokens; fewer tokens cut text finer.
     halvings = max(0, 15 - math.log2(options.vocab_size))  # from the paper's vocabulary [4.4]
     fill_in(options, filter=0.25 + 0.007 * halvings**2)  # drops about as many of the documents
-    fill_in(options, max_docs=21_000_000 if first == "c4" else 10**9)
-    fill_in(options, workers=os.cpu_count() or 1)
+    fill_in(options, workers=os.cpu_count() or 1, max_docs=21_000_000 if first == "c4" else 10**9)
     try:
-        part = begin(Path(options.out))
+        part = begin(Path(options.out).resolve())
         try:
             prepare(options, part)
-            os.rename(part, options.out)  # from here on it is there, and whole
+            os.rename(part, Path(options.out).resolve())  # from here on it is there, and whole
         finally:
             if part.exists():  # a mistake, Ctrl-C, a full disk
                 remove(part)
     except OSError as error:
-        fail(f"{error}: nothing was written to {options.out}; free space or choose another --out")
+        fail(f"{error}: nothing was written to {options.out}; choose another --out, or free space")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     train = shlex.join(["python", "cram.py", "--data", options.out])

@@ -295,7 +295,7 @@ def test_all_spellings_of_text_files_are_read_and_others_named(tmp_path, stories
         (folder / name).write_bytes(b"\xff not read")
     (folder / "loop").symlink_to(folder)
     assert load(prepare(folder, tmp_path / "d"))[0]["documents"]["kept"] == 400
-    assert "passed over 4 hidden or other files: ._book.txt, README" in capsys.readouterr().out
+    assert "passed over 5 hidden or other files: ._book.txt, README" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ends", ["\n\n", "\n", "\r\n", "\r", " "])
@@ -393,17 +393,21 @@ def test_downloads_that_fail_say_so(tmp_path, server, monkeypatch):
 
 GOOD = '{"text": "a fine text of some length"}\n'
 MISTAKES = [  # (name of the file, its content, what the sentence says)
-    ("empty.txt", b"", "1 documents hold 0 words"),
+    ("empty.txt", b"", "0 words of ASCII, all that is kept, too little for any"),
     ("empty.jsonl", b"", "0 documents hold 0 words"),
     ("chinese.txt", "没有一个字母。".encode() * 99, "1 documents hold 0 words of ASCII"),
     ("short.txt", b"aaaa bbbb aaaa bbbb", "enough for --vocab_size 26"),
     ("latin.jsonl", GOOD.encode() + b'{"text": "\xe9"}', "latin.jsonl, line 2 is"),
     ("broken.jsonl", f'{GOOD}\n{{"text": broken\n'.encode(), 'line 3 is \'{"text": broken'),
-    ("array.json", b'[{"text": "a"}, {"text": "b"}]', 'expected one {"text": "..."} in UTF-8'),
+    ("array.json", b'[{"text": "a"}, {"text": "b"}]', 'expected one {"text": "a string"}'),
     ("long.jsonl", b'{"text": "' + b"x" * 3000 + b'"}', "line 1 is"),
-    ("cut.jsonl.gz", gzip.compress(GOOD.encode() * 999)[:-20], "cut.jsonl.gz is no text"),
-    ("picture.png", b"png", "picture.png has no text: expected docs, c4, .txt"),
-    ("nowhere", None, "nowhere has no text"),
+    (
+        "cut.jsonl.gz",
+        gzip.compress(GOOD.encode() * 999)[:-20],
+        "cut.jsonl.gz cannot be read as UTF-8",
+    ),
+    ("picture.png", b"png", "picture.png is not there, or holds no .txt"),
+    ("nowhere", None, "nowhere is not there, or holds no .txt"),
 ]
 
 

@@ -52,7 +52,10 @@ def readable(token):
 
 def main(argv):
     prepare_output()
-    if len(argv) != 2 or argv[0] in ("-h", "--help"):
+    if argv in (["-h"], ["--help"]):
+        say(__doc__)
+        return
+    if len(argv) != 2:
         fail('expected a folder and a text: python cram.py fill out/cram "a [MASK] of words."')
     for number, answers in enumerate(fill(*argv), 1):
         words = "  ".join(f"{word} {chance:.1%}" for word, chance in answers)

@@ -64,8 +64,11 @@ def losses(rows, column, ask):
     _, unit = AXES[ask.x]  # of the axis, in units of the log
     points = []
     for row in rows:
-        spent = float(row[ask.x]) * unit
-        loss = float(row[column] or "nan")  # not every row has a validation loss
+        try:
+            spent = float(row[ask.x]) * unit
+            loss = float(row[column] or "nan")  # not every row has a validation loss
+        except ValueError:  # edited by hand
+            continue
         drawable = spent > 0 or not ask.log  # before the first step: 0 has no logarithm
         if drawable and math.isfinite(loss):
             points.append((spent, loss))

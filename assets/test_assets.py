@@ -55,7 +55,7 @@ def test_mistakes_of_fill(trained):
     assert "there is no [MASK] in" in message(fill.main, [str(trained), "no mask"])
     long = "the cat sees the dog " * 9 + "[MASK]"
     assert "expected at most 32" in message(fill.main, [str(trained), long])
-    assert "expected a folder and a text" in message(fill.main, ["--help"])
+    assert "expected a folder and a text" in message(fill.main, ["out"])
 
 
 # Pictures ----------------------------------------------------------------------------------------
