@@ -401,11 +401,7 @@ MISTAKES = [  # (name of the file, its content, what the sentence says)
     ("broken.jsonl", f'{GOOD}\n{{"text": broken\n'.encode(), 'line 3 is \'{"text": broken'),
     ("array.json", b'[{"text": "a"}, {"text": "b"}]', 'expected one {"text": "a string"}'),
     ("long.jsonl", b'{"text": "' + b"x" * 3000 + b'"}', "line 1 is"),
-    (
-        "cut.jsonl.gz",
-        gzip.compress(GOOD.encode() * 999)[:-20],
-        "cut.jsonl.gz cannot be read as UTF-8",
-    ),
+    ("cut.jsonl.gz", gzip.compress(GOOD.encode() * 999)[:-20], "gz cannot be read as UTF-8"),
     ("picture.png", b"png", "picture.png is not there, or holds no .txt"),
     ("nowhere", None, "nowhere is not there, or holds no .txt"),
 ]
