@@ -819,7 +819,7 @@ def train(given):
         if eval_due:
             run.val_loss = evaluate(model, val_rows[:512], depth, device, autocast)
             run.evals = math.floor(p * cfg.evals) + 1  # a long step may pass several
-        if eval_due or (run.losses and run.step % 10 == 0):
+        if eval_due or len(run.losses) == 10:
             log_row(log, run, before, eval_due, cfg, seq_len, machine_rate)
             run.losses.clear()
             before = replace(run)
