@@ -205,7 +205,7 @@ DATA_FORMAT = 2  # of meta.json
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
 # What may become a token: words, digits, other characters, with the space before; all bounded.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
-CONTROL = bytes(c for c in (*range(32), 127) if not chr(c).isspace())
+CONTROL = bytes([*range(9), *range(14, 28), 127])  # the others are white space
 
 
 def normalise(text):
@@ -487,7 +487,7 @@ def batch_at(p, cfg):
     """Rows in the step: over the ramp multiples of 8, up to batch_size, which then stays [4.3]."""
     if p >= cfg.batch_ramp:
         return cfg.batch_size
-    return min(cfg.batch_size, 8 + 8 * math.floor(cfg.batch_size * p / cfg.batch_ramp / 8))
+    return min(cfg.batch_size, 8 + int(cfg.batch_size * p / cfg.batch_ramp) // 8 * 8)
 
 
 def depth_at(p, cfg):
@@ -647,7 +647,7 @@ def save_checkpoint(path, cfg, run, meta, parts):
     """Replaces the checkpoint by one of plain types and tensors."""
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
-    content["versions"] = {"python": sys.version, "torch": torch.version.__version__}
+    content["versions"] = f"torch {torch.__version__}, python {sys.version}"
     for name, part in parts.items():
         content[name] = part.state_dict()
     write_whole(path, partial(torch.save, content))
