@@ -1019,7 +1019,7 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, data):
 @pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "| head -n 2"])
 def test_no_print_ends_a_run(tmp_path, data, redirection):
     """But a reader that has seen enough stops it, as SIGTERM would: saved, to be resumed."""
-    words = words_of(data, tmp_path / "a", "400steps", "--evals", "40")
+    words = words_of(data, tmp_path / "a", "100steps", "--evals", "10")
     line = shlex.join([sys.executable, "cram.py", *words])
     done = bash(f"set -o pipefail; {line} {redirection}", PYTHONIOENCODING="ascii")
     progress = cram.load_checkpoint(tmp_path / "a")["run"]["progress"]
