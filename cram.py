@@ -552,14 +552,13 @@ def fit(model, cfg, device, autocast):
     wanted = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model) if wanted else model
     rows = min(cfg.micro_batch, cfg.batch_size)
+    _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]
     while forward is not model or device.type == "cuda":
         try:  # a pass, with the memory that the optimiser will need; a failure changes one thing
-            _reserve = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
             where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]
             with autocast:
-                loss = forward(tokens, where, where, cfg.layers)
-            loss.backward()
+                forward(tokens, where, where, cfg.layers).backward()  # a failure keeps no graph
             break
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -569,7 +568,7 @@ def fit(model, cfg, device, autocast):
             if forward is model:
                 raise
             forward = model
-            say(f"warning: not compiled, for that failed here: {str(error).splitlines()[0]}")
+            say(f"warning: not compiled ({type(error).__name__}: {error})".splitlines()[0])
     model.zero_grad()
     return forward, rows
 
@@ -724,7 +723,8 @@ def describe(cfg, meta, machine, machine_rate):
 def evaluate(model, rows, depth, device, autocast):
     """Mean loss in nats over `rows`, masked in one way for all runs: so their losses compare."""
     model.eval()
-    numbers, rng, fixed = np.arange(len(rows)), np.random.default_rng(0), Config(mask_rate=0.25)
+    numbers, rng = np.arange(len(rows)), np.random.default_rng(0)
+    fixed = Config(mask_rate=0.25)  # whatever the run itself hides
     total = 0
     for batch in make_batches(rows, numbers, 64, rng, fixed, model.vocab_size, device):
         with autocast:
@@ -787,7 +787,7 @@ def train(given):
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers that mask_rows draws for a row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
-    if cfg.overwrite and not state:
+    if cfg.overwrite and not state and rank == 0:
         log_path.unlink(missing_ok=True)
     log = open(log_path, "a" if state or rank else "x", buffering=1)  # x: of two runs one fails
     if log.tell() > run.log_size:  # rows from after the save
