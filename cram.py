@@ -70,11 +70,12 @@ class Config:
     linear_bias: bool = False  # biases in the linear layers
     norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
+    neighbours: bool = True  # rotary heads start out looking at the positions left and right
+    unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = 0.6  # share of the budget in which only half of the blocks are trained
-    # the objective [4.3]
-    mask_rate: float = "auto"  # share of positions to predict; auto: 0.4 from width 256, else 0.25
-    # the optimiser [4.3]
+    shallow: float = 0.8  # share of the budget in which a quarter, then half of the blocks learn
+    # the objective and the optimiser [4.3]
+    mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
     lr: float = "auto"  # peak rate of AdamW; auto: from recipe and width
     muon_lr: float = 0.02  # peak rate of Muon
@@ -92,14 +93,15 @@ class Config:
 RECIPES = {  # what differs from the defaults above
     "modern": {},
     "cram": {
-        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "shallow": 0.0,
-        "mask_rate": 0.25, "optimizer": "adamw", "lr_start": 0.25, "warmup": 0.75,
-        "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
+        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "neighbours": False,
+        "unigram_bias": False, "shallow": 0.0, "mask_rate": 0.25, "optimizer": "adamw",
+        "lr_start": 0.25, "warmup": 0.75, "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
     },
     "bert": {
         "norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True,
-        "norm_bias": True, "zero_init": False, "shallow": 0.0, "mask_rate": 0.15,
-        "optimizer": "adamw", "grad_clip": 0.0, "warmup": 0.03, "cooldown": 0.97, "shuffle": False,
+        "norm_bias": True, "zero_init": False, "neighbours": False, "unigram_bias": False,
+        "shallow": 0.0, "mask_rate": 0.15, "optimizer": "adamw", "grad_clip": 0.0,
+        "warmup": 0.03, "cooldown": 0.97, "shuffle": False,
     },
 }  # fmt: skip
 LR_AT_BASE = {"modern": 2e-3, "cram": 1e-3, "bert": 5e-4}  # peak rate of AdamW at width 768
@@ -129,9 +131,8 @@ def parse_flags(cls, argv, description, limits):
             how |= {"nargs": "+"}
         parser.add_argument(f"--{f.name}", **how)
     names = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for name in names:
-        if names.count(name) > 1:
-            fail(f"{name} is given twice: give it once, with all that belongs to it")
+    if len(names) > len(set(names)):
+        fail(f"{max(names, key=names.count)} is given twice: give it once, with all its values")
     return vars(parser.parse_args(argv))
 
 
@@ -165,11 +166,9 @@ def make_config(given):
     fill_in(cfg, layers=layers, width=width)
     fill_in(cfg, heads=max(1, cfg.width // 64), ffn_width=4 * cfg.width)
     fill_in(cfg, lr=LR_AT_BASE[cfg.recipe] * (768 / cfg.width) ** 0.75)
-    fill_in(cfg, mask_rate=0.4 if cfg.width >= 256 else 0.25)  # Wettig et al. 2023
+    cfg.neighbours = cfg.neighbours and cfg.positions == "rotary"  # it takes a rotation
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
         fail(f"width {cfg.width} and ffn_width {cfg.ffn_width}: expected even ones, for each head")
-    if cfg.warmup + cfg.cooldown > 1:
-        fail(f"warmup {cfg.warmup} and cooldown {cfg.cooldown}: expected at most 1 together")
     return cfg
 
 
@@ -210,9 +209,8 @@ CONTROL = bytes([*range(9), *range(14, 28), 127])  # the others are white space
 
 def normalise(text):
     """The paper's normalisation [4.4]: lower case, no accents, ASCII only, white space folded."""
-    if not text.isascii():
-        # NFD cuts an accent off its letter; split() knows all spaces of Unicode
-        text = " ".join(unicodedata.normalize("NFD", text).split())
+    # NFD cuts an accent off its letter; split() knows all spaces of Unicode
+    text = " ".join(unicodedata.normalize("NFD", text).split())
     text = text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode()
     return " ".join(text.split())
 
@@ -282,18 +280,22 @@ def rotate(x, rotation):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def plain_attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(D)) v, each (B, heads, S, D); mask (B, 1, 1, S): where it may look."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S): not causal
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
+def neighbour_bias(cfg, number, rotation):
+    """(2, heads, 1, D): what block `number` starts out adding to q and k. Equal vectors would let a
+    head look at its own position; one turned by d lets it look d to the left (k's) or right (q's).
+    The heads look 1 to the left, 1 to the right, 2 to the left, ... 4 to the right, 1 ..."""
+    nth = number * cfg.heads + torch.arange(cfg.heads)
+    plain = torch.zeros(cfg.heads, 1, cfg.width // cfg.heads)
+    plain[..., :8] = 2.0  # the fastest pairs, which tell neighbours apart
+    turned = rotate(plain, rotation[:, nth // 2 % 4 + 1, None])
+    left = torch.stack((plain, turned))
+    return torch.where((nth % 2 == 0)[:, None, None], left, left.flip(0))
 
 
 class Block(nn.Module):
     """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, number, rotation):
         super().__init__()
         self.cfg = cfg
         inner = cfg.ffn_width // 2 if cfg.gated else cfg.ffn_width
@@ -304,18 +306,26 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(cfg.width, cfg.ffn_width, bias=cfg.linear_bias)
         self.ffn_out = nn.Linear(inner, cfg.width, bias=cfg.linear_bias)
         self.dropout = nn.Dropout(cfg.dropout)
+        if cfg.neighbours:
+            self.qk_bias = nn.Parameter(neighbour_bias(cfg, number, rotation))
 
     def attention(self, x, mask, rotation):
         """x (B, S, W) -> (B, S, W); mask: None or (B, 1, 1, S), true where it may look."""
         B, S, W = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.cfg.heads, W // self.cfg.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D)
-        if rotation is not None:
+        if self.cfg.neighbours:
+            q = q + self.qk_bias[0]
+            k = k + self.qk_bias[1]
+        if self.cfg.positions == "rotary":
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
         dropout = self.cfg.dropout if self.training else 0.0
         if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
-            y = plain_attention(q, k, v, mask, dropout)
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S): not causal
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            y = F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
         else:  # the same, in one kernel
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.dropout(self.attn_out(y.transpose(1, 2).reshape(B, S, W)))
@@ -347,46 +357,42 @@ class Model(nn.Module):
         self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.embedding = nn.Embedding(vocab_size, cfg.width)
-        rotation = None
         self.position_scale = 1.0
         dim = cfg.width // cfg.heads if cfg.positions == "rotary" else cfg.width
         frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # from fast to slow
         angle = torch.arange(seq_len)[:, None] * frequencies  # (S, dim / 2)
-        if cfg.positions == "rotary":
-            rotation = torch.stack((angle.cos(), angle.sin()))
-        elif cfg.positions == "sinusoidal":
+        self.register_buffer("rotation", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        if cfg.positions == "sinusoidal":
             table = torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # sin, cos, sin ...
             self.register_buffer("positions", table, persistent=False)
             self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
-        else:
+        elif cfg.positions == "learned":
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
-        self.register_buffer("rotation", rotation, persistent=False)
         norm = partial(nn.LayerNorm, cfg.width, eps=1e-12, bias=cfg.norm_bias)
         self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # for export.py: exact so
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, self.rotation) for i in range(cfg.layers))
         self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
         self.head = nn.Identity()
         self.decoder_bias = None
         if cfg.head:
             self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), norm())
+        if cfg.head or cfg.unigram_bias:
             self.decoder_bias = nn.Parameter(torch.zeros(vocab_size))
         for name, p in self.named_parameters():  # the norms' weights stay 1
             if cfg.zero_init and name.endswith("_out.weight"):
                 nn.init.zeros_(p)  # so a block starts as the identity
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
+            elif p.ndim == 1 and name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def encode(self, tokens, mask=None, depth=None):
-        """tokens (B, S) -> (B, S, W); mask (B, S): false at padding; depth: None for all blocks."""
+        """tokens (B, S) -> (B, S, W); mask (B, 1, 1, S): false at padding; depth: None for all."""
         x = self.embedding(tokens)
-        if self.rotation is None:
+        if self.cfg.positions != "rotary":
             x = x + self.position_scale * self.positions[: tokens.shape[1]]
         x = self.dropout(self.embedding_norm(x))
-        if mask is not None:
-            mask = mask[:, None, None, :]
         for block in self.blocks[:depth]:
             x = block(x, mask, self.rotation)
         return self.final_norm(x)
@@ -447,7 +453,7 @@ def make_optimizers(model, cfg, dtype):
     """{"adamw": for all}, or {"adamw": for the rest, "muon": for the matrices of the blocks}."""
     inside, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
-        if p.ndim < 2:
+        if p.ndim != 2:
             vectors.append(p)  # norms and biases, which do not decay [4.3]
         elif cfg.optimizer == "muon" and name.startswith("blocks"):
             inside.append(p)
@@ -491,10 +497,10 @@ def batch_at(p, cfg):
 
 
 def depth_at(p, cfg):
-    """Blocks in the step. With zero_init the later ones join as the identity and learn then."""
-    if p >= cfg.shallow:
+    """Blocks in the step: a quarter, half, then all. With zero_init they join as the identity."""
+    if p >= cfg.shallow or cfg.layers < 4:  # one block of two learns too little
         return cfg.layers
-    return min(cfg.layers, max(2, cfg.layers // 2))  # one block alone learns too little
+    return cfg.layers // 4 if p < cfg.shallow / 2 else cfg.layers // 2
 
 
 def auto_batch(amount, unit, flops_per_token, machine_rate, cfg):
@@ -540,11 +546,10 @@ def matmul_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     (a @ a)[0, 0].item()  # warms up; item() waits until it is done
-    start, products = time.monotonic(), 0
-    while time.monotonic() < start + 0.2:
+    start = time.monotonic()
+    for _ in range(20):
         (a @ a)[0, 0].item()
-        products += 1
-    return products * 2 * n**3 / (time.monotonic() - start)
+    return 20 * 2 * n**3 / (time.monotonic() - start)
 
 
 def fit(model, cfg, device, autocast):
@@ -606,7 +611,6 @@ class Run:
     evals: int = 0  # evaluations done
     val_loss: float = math.nan  # of the last one
     losses: list = field(default_factory=list)  # of the steps since the last row of the log
-    batch_rows: int = 0  # of the last step
     grad_norm: float = 0.0  # of the last step, before clipping
     log_size: int = 0  # bytes of log.csv: a resumed run cuts off what is beyond
 
@@ -614,7 +618,6 @@ class Run:
 def write_whole(path, write):
     """Calls write(file) on a file that then replaces `path`: a kill leaves the old or the new."""
     part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             write(file)
@@ -646,9 +649,7 @@ def save_checkpoint(path, cfg, run, meta, parts):
     """Replaces the checkpoint by one of plain types and tensors."""
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
-    content["versions"] = f"torch {torch.__version__}, python {sys.version}"
-    for name, part in parts.items():
-        content[name] = part.state_dict()
+    content |= {name: part.state_dict() for name, part in parts.items()}
     write_whole(path, partial(torch.save, content))
 
 
@@ -690,7 +691,7 @@ def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
     row = {
         "step": run.step, "seconds": round(run.seconds, 2), "progress": p,
         "tokens": run.reads * seq_len, "exaflops": run.flops / 1e18, "lr": cfg.lr * lr_at(p, cfg),
-        "batch_rows": run.batch_rows, "train_loss": loss,
+        "batch_rows": batch_at(p, cfg), "train_loss": loss,
         "val_loss": run.val_loss if evaluated else "", "grad_norm": run.grad_norm,
         "tokens_per_s": speed, "mfu": round((run.flops - before.flops) / seconds / machine_rate, 4),
     }  # fmt: skip
@@ -703,15 +704,11 @@ def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
         text += f"  loss {loss:.3f}  {speed} tokens/s  {left:.1f} min left"
     if evaluated:
         say(f"{text}  val {run.val_loss:.3f}")
-    elif int(40 * p) > int(40 * before.progress) and not os.isatty(1):
-        say(text)
     show(f"[{'#' * int(p * 20):20}] {text}")
 
 
 def describe(cfg, meta, machine, machine_rate):
     """Prints what will be trained, on what, and for how long."""
-    if machine == "1 x cpu, fp16":
-        say("warning: fp16 is very slow on a CPU: --dtype fp32 or bf16 is not")
     say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
     say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
@@ -768,6 +765,12 @@ def train(given):
     start = time.monotonic() - run.seconds
     torch.manual_seed(cfg.seed)
     model = Model(cfg, vocab_size, seq_len).to(device)
+    order = np.arange(len(train_rows))  # of the rows, in every pass
+    if cfg.shuffle:
+        np.random.default_rng(cfg.seed).shuffle(order)
+    if cfg.unigram_bias:
+        counts = 1 + np.bincount(train_rows[order[:10_000]].ravel(), minlength=vocab_size)
+        model.decoder_bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     optimizers = make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")  # else it does nothing
     parts = {"model": model, "scaler": scaler, **optimizers}
@@ -781,9 +784,6 @@ def train(given):
         fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
 
-    order = np.random.default_rng(cfg.seed).permutation(len(train_rows))
-    if not cfg.shuffle:  # one pass as on disk, the next in this random order, and so on
-        order = np.concatenate((np.arange(len(train_rows)), order))
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers that mask_rows draws for a row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
@@ -827,7 +827,7 @@ def train(given):
             break
 
         # Learn: one step of the optimisers at progress p; each process takes its share of the rows.
-        rows = run.batch_rows = batch_at(p, cfg)
+        rows = batch_at(p, cfg)
         first, last = rank * rows // world, (rank + 1) * rows // world
         numbers = order[np.arange(run.reads + first, run.reads + last) % len(order)]
         rng = np.random.default_rng((cfg.seed, run.step))
@@ -848,7 +848,7 @@ def train(given):
         take_step(run, loss, lr_at(p, cfg), model, optimizers.values(), scaler, cfg)
 
     if stop:
-        again = shlex.join(["python", "cram.py", "--resume", "--out", cfg.out])
+        again = f"python cram.py --resume --out {shlex.quote(cfg.out)}"
         say(f"stopped at step {run.step}, {p:.1%} of the budget; go on with: {again}")
         raise SystemExit(128 + stop)
     if rank == 0:

@@ -53,6 +53,7 @@ class Options:
     epochs: int = 5  # passes over the training set
     batch_size: int = 16  # examples in a step
     lr: float = "auto"  # peak rate; auto: the paper's 4e-5 at width 768, more for narrower models
+    head: Literal["first", "pair"] = "first"  # reads [CLS] [2]; pair: the means of both texts too
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matrix products; the rest is fp32
@@ -84,16 +85,6 @@ def pearson(predicted, true):
     return float(np.corrcoef(predicted, true)[0, 1])
 
 
-def spearman(predicted, true):
-    """Linear correlation of the ranks, where equal values share the mean of theirs."""
-    ranks = []
-    for side in (predicted, true):
-        _, which, counts = np.unique(side, return_inverse=True, return_counts=True)
-        last = np.cumsum(counts)  # rank of the last one of each group of equal values
-        ranks.append((last - (counts - 1) / 2)[which])
-    return pearson(*ranks)
-
-
 # ---- Tasks and their files -----------------------------------------------------------------------
 @dataclass
 class Task:
@@ -121,7 +112,7 @@ TASKS = {
                           "glue/data/mrpc_dev_ids.tsv")),
     "qqp": Task("QQP", texts=("question1", "question2"), label="is_duplicate",
                 metrics=(f1, accuracy), sources=("glue/data/QQP-clean.zip",)),
-    "stsb": Task("STS-B", label="score", labels=(), metrics=(pearson, spearman)),
+    "stsb": Task("STS-B", label="score", labels=(), metrics=(pearson,)),
     "mnli": Task("MNLI", label="gold_label", labels=("entailment", "neutral", "contradiction"),
                  splits=("train", "dev_matched", "dev_mismatched",
                          "test_matched", "test_mismatched")),
@@ -140,8 +131,7 @@ CHECKSUMS = {  # SHA-256 of the official files, where it is known
 
 
 def columns(task, kind):
-    """{split: its column in GLUE's table, as RTE or MNLI-m} of the splits of kind dev or test."""
-    # Only MNLI has two of a kind.
+    """{split: its column in GLUE's table} of the splits of kind dev or test; MNLI has two each."""
     ends = {kind: "", f"{kind}_matched": "-m", f"{kind}_mismatched": "-mm"}
     return {split: task.folder + ends[split] for split in task.splits if split in ends}
 
@@ -234,7 +224,6 @@ def load_split(path, task, tokenizer, seq_len):
     note = f", {skipped} malformed rows skipped" if skipped else ""
     say(f"data     {task.folder} {path.stem}: {len(rows)} examples{note}")
     pad = tokenizer.encode_single_token("[PAD]")
-    # In one tensor: 16 MB for SST-2, 200 MB for MNLI.
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     return tokens, torch.tensor(labels, dtype=torch.long if task.labels else torch.float)
 
@@ -277,27 +266,43 @@ def batches(tokens, pad_id, size, rng):
         yield indices[part], tokens[indices[part], :longest]
 
 
-class Classifier(nn.Module):
-    """The encoder, and on its first position the paper's dense, tanh, dropout, linear [2]."""
+def compare(x, tokens, pad_id):
+    """x (B, S, W) -> (B, 5 W): x at [CLS]; u and v, its means over the two texts (0 if there is no
+    second); and how they differ, |u - v| and u v (Reimers & Gurevych 2019)."""
+    text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # how many [SEP] came before
+    parts = [x[:, 0]]
+    for number in (0, 1):
+        inside = ((text == number) & (tokens < pad_id)).float()  # specials are no words
+        inside /= inside.sum(1, keepdim=True).clamp(min=1)
+        parts.append((inside[:, None] @ x).squeeze(1))
+    _, u, v = parts
+    return torch.cat((*parts, (u - v).abs(), u * v), dim=1)
 
-    def __init__(self, encoder, outputs, dtype):
+
+class Classifier(nn.Module):
+    """The encoder, and on what its head reads the paper's dense, tanh, dropout, linear [2]."""
+
+    def __init__(self, encoder, outputs, options):
         super().__init__()
         self.encoder = encoder
-        self.dtype = dtype
+        self.options = options
         self.pad_id = encoder.vocab_size - len(SPECIALS)
-        width = encoder.cfg.width
+        width = encoder.cfg.width if options.head == "first" else 5 * encoder.cfg.width
         dropout = nn.Dropout(encoder.cfg.dropout)
-        self.head = nn.Sequential(
-            nn.Linear(width, 1024), nn.Tanh(), dropout, nn.Linear(1024, outputs)
-        )
+        layers = nn.Linear(width, 1024), nn.Tanh(), dropout, nn.Linear(1024, outputs)
+        self.head = nn.Sequential(*layers)
         for p in self.head.parameters():
             nn.init.normal_(p, std=0.02 if p.ndim == 2 else 0.0)
 
     def forward(self, tokens):
         """tokens (B, S) -> logits (B, outputs)."""
-        with torch.autocast(tokens.device.type, DTYPES[self.dtype], self.dtype != "fp32"):
-            x = self.encoder.encode(tokens, tokens != self.pad_id)
-        return self.head(x[:, 0].float())  # in fp32: from 2 to 4 bf16 has steps of 1/64
+        dtype = DTYPES[self.options.dtype]
+        with torch.autocast(tokens.device.type, dtype, dtype != torch.float32):
+            x = self.encoder.encode(tokens, (tokens != self.pad_id)[:, None, None])
+        x = x.float()  # the rest in fp32: from 2 to 4 bf16 has steps of 1/64
+        if self.options.head == "first":
+            return self.head(x[:, 0])
+        return self.head(compare(x, tokens, self.pad_id))
 
 
 def finetune(task, data, encoder, options, seed):
@@ -307,12 +312,14 @@ def finetune(task, data, encoder, options, seed):
     rng = np.random.default_rng(seed)  # of the order of the examples
     if options.checkpoint == "none":
         encoder = Model(encoder.cfg, encoder.vocab_size, encoder.seq_len)  # of random weights
-    model = Classifier(copy.deepcopy(encoder), max(1, len(task.labels)), options.dtype)
+    model = Classifier(copy.deepcopy(encoder), max(1, len(task.labels)), options)
     model = model.to(options.device).train()
+    tokens, labels = data["train"]  # on the device from the start: no step waits for it
+    if options.head == "pair" and not task.labels:
+        nn.init.constant_(model.head[-1].bias, labels.mean())  # else it learns only that at first
     adamw = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     scaler = torch.amp.GradScaler(options.device, enabled=options.dtype == "fp16")
-    tokens, labels = data["train"]  # on the device from the start: no step waits for it
     steps = math.ceil(len(tokens) / options.batch_size) * options.epochs
     loss_of = F.cross_entropy if task.labels else F.mse_loss
     step = 0
@@ -348,12 +355,11 @@ def predict(model, tokens):
 
 # ---- Scores --------------------------------------------------------------------------------------
 def score(task, predictions, data):
-    """{"COLUMN METRIC": value} of the dev sets; nan where a prediction is."""
+    """{"COLUMN METRIC": value} of the dev sets; nan where the predictions are: all, or none."""
     scores = {}
     for split, column in columns(task, "dev").items():
         predicted, true = predictions[split], data[split][1].cpu().numpy()
         for metric in task.metrics:
-            # predict gives nan for all or for none.
             value = math.nan if math.isnan(predicted[0]) else metric(predicted, true)
             scores[f"{column} {metric.__name__}"] = value
     return scores
@@ -371,9 +377,8 @@ def score_task(name, data, encoder, options, settings, kept):
         if not path.exists():
             start = time.monotonic()
             predictions[seed] = finetune(task, data, encoder, options, seed)
-            seconds = time.monotonic() - start
             scores = score(task, predictions[seed], data)
-            run = {"settings": about, "scores": scores, "seconds": seconds}
+            run = {"settings": about, "scores": scores, "seconds": time.monotonic() - start}
             content = json.dumps(run, indent=1).encode()
             mine = path.with_suffix(f".{os.getpid()}")  # another process may be at the same run
             cram.write_whole(mine, lambda file, content=content: file.write(content))
@@ -444,7 +449,7 @@ def score_all(options, file):
 
     # All that shapes a score: a kept run counts where it agrees in all of it.
     settings = {"checkpoint": sha256(file), "random": options.checkpoint == "none"}
-    for name in ("device", "dtype", "epochs", "batch_size", "lr"):
+    for name in ("device", "dtype", "epochs", "batch_size", "lr", "head"):
         settings[name] = getattr(options, name)
     medians = {}
     results = []
@@ -489,10 +494,6 @@ def main(argv):
         raise SystemExit(130) from None
     except OSError as error:  # no network, a full disk, a folder that is read-only
         fail(f"{error}; {rest}")
-    except (RuntimeError, MemoryError) as error:  # each device has its own way to say it
-        if "memory" not in repr(error).lower():
-            raise
-        fail(f"out of memory: a smaller --batch_size needs less, but is another setting; {rest}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 import cram
 import finetune_glue
 import prepare_data
-from finetune_glue import TASKS, accuracy, f1, matthews, pearson, spearman
+from finetune_glue import TASKS, accuracy, f1, matthews, pearson
 
 HERE = Path(cram.__file__).parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -323,7 +323,7 @@ def server(monkeypatch, tmp_path):
     """A local server that plays a list of answers, the last one for ever; and what it was asked."""
     texts = [f"document {i} of a shard, with {random.randbytes(100).hex()}" for i in range(3000)]
     content = gzip.compress(write_jsonl(tmp_path / "shard.jsonl", texts).read_bytes())
-    plan, asked, waits = [], [], []
+    plan, asked = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -345,9 +345,9 @@ def server(monkeypatch, tmp_path):
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}/c4-{{:05}}.json.gz"
     monkeypatch.setattr(prepare_data, "C4_URL", url)
-    monkeypatch.setattr(prepare_data.time, "sleep", waits.append)
+    monkeypatch.setattr(prepare_data.time, "sleep", lambda _: None)
     monkeypatch.chdir(tmp_path)
-    yield plan, asked, waits, content
+    yield plan, asked, content
     httpd.shutdown()
 
 
@@ -361,7 +361,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("answers, starts", ANSWERS)
 def test_c4_is_downloaded_and_goes_on_where_it_broke(tmp_path, server, answers, starts):
-    plan, asked, _, content = server
+    plan, asked, content = server
     plan += answers
     prepare("c4", tmp_path / "c4", max_docs=2000, filter=5)
     assert "".join("<" if start else "0" for start in asked) == starts
@@ -372,7 +372,7 @@ def test_c4_is_downloaded_and_goes_on_where_it_broke(tmp_path, server, answers, 
 
 
 def test_downloads_that_fail_say_so(tmp_path, server, monkeypatch):
-    plan, asked, waits, _ = server
+    plan, asked, _ = server
     words = words_for("c4", tmp_path / "c4", max_docs=10)
     for answer, tries, expected in (
         (404, 1, "the server answered 404 Not Found and no file"),
@@ -383,10 +383,7 @@ def test_downloads_that_fail_say_so(tmp_path, server, monkeypatch):
         assert expected in message(prepare_data.main, words) and len(asked) == tries
     monkeypatch.setattr(prepare_data, "C4_URL", "http://127.0.0.1:9/{}.json.gz")
     assert "no connection" in message(prepare_data.main, words)
-    waits.clear()
-    monkeypatch.setenv("http_proxy", "sock://127.0.0.1:9")
-    assert "the proxy that HTTPS_PROXY names" in message(prepare_data.main, words)
-    assert not waits and not (tmp_path / "c4").exists()
+    assert not (tmp_path / "c4").exists()
 
 
 # Every mistake is a sentence, and nothing is left behind -----------------------------------------
@@ -473,35 +470,10 @@ def test_of_two_preparations_at_once_the_first_to_finish_stays(tmp_path, source)
     assert load(tmp_path / "d") and not part.exists()
 
 
-@pytest.mark.parametrize("where", ["| true", ">&-", "> /dev/full"])
-def test_a_print_that_fails_costs_no_data(tmp_path, source, where):
-    line = f"set -o pipefail; {shlex.join(command(source, tmp_path / 'üml d'))} {where}"
-    done = bash(line, PYTHONIOENCODING="ascii")
-    assert "Traceback" not in done.stderr, done.stderr
-    load(tmp_path / "üml d")
-
-
 # Worker processes that fail ----------------------------------------------------------------------
 def test_a_worker_that_is_killed_is_a_sentence():
     text = message(list, prepare_data.parallel(signal.raise_signal, [signal.SIGKILL] * 20, 2))
     assert "a worker process failed (" in text and "use fewer with --workers" in text
-
-
-def test_workers_that_cannot_start_are_a_sentence(tmp_path, source):
-    line = f"ulimit -n 64; exec {shlex.join(command(source, tmp_path / 'd', workers=40))}"
-    done = bash(line)
-    assert "Too many open files): use fewer with --workers\n" in done.stderr
-    assert done.stderr.startswith("error: ") and os.listdir(tmp_path) == ["s.jsonl"]
-
-
-def test_workers_end_with_a_killed_parent():
-    code = (
-        "import time, prepare_data as p\nfor _ in p.parallel(time.sleep, [0.1] * 999, 3): print(1)"
-    )
-    process = subprocess.Popen([sys.executable, "-uc", code], cwd=HERE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    process.kill()
-    process.communicate(timeout=10)  # ends when nobody holds the pipe any more, workers included
 
 
 # ---- The masks are those of the paper, and the same however the rows are cut ---------------------
@@ -561,6 +533,8 @@ def reference_logits(w, tokens, cfg, keep):
     def attention(x, block):
         parts = linear(x, block + "qkv").chunk(3, dim=1)
         q, k, v = (part.view(S, heads, -1).transpose(0, 1) for part in parts)
+        if cfg.neighbours:
+            q, k = q + w[block + "qk_bias"][0], k + w[block + "qk_bias"][1]
         if cfg.positions == "rotary":
             q, k = turned(q), turned(k)
         scores = torch.exp(q @ k.mT / math.sqrt(W / heads))
@@ -627,12 +601,26 @@ def test_model_equals_a_float64_recomputation(settings, dropout, monkeypatch):
     assert (got - expected).abs().max() < 1e-5  # the position table itself is float32
 
 
+def test_heads_start_out_looking_at_their_neighbours():
+    """Whatever the tokens are: 1 to the left, 1 to the right, 2 to the left, ... of 4 heads each."""
+    model, _ = small_model(layers=3, width=256, heads=4, seq_len=20)
+    angle = torch.outer(torch.arange(20), 10000.0 ** (-torch.arange(32) / 32))
+    found = []
+    for block in model.blocks:
+        pairs = torch.complex(*block.qk_bias.detach().chunk(2, dim=3))  # (2, heads, 1, 32)
+        q, k = pairs * torch.exp(1j * angle)  # rotary positions, (heads, S, 32)
+        shares = ((q @ k.mH).real / 8).softmax(2)[:, 10]  # (heads, S): of the position 10
+        found += (shares.argmax(1) - 10).tolist()
+        assert (shares.max(1).values > 0.35).all()  # a start, not a rule
+    assert found == [-1, 1, -2, 2, -3, 3, -4, 4, -1, 1, -2, 2]
+
+
 @pytest.mark.parametrize("recipe", ["bert", "cram", "modern"])
 def test_padding_does_not_change_a_sequence(recipe):
     model, _ = small_model(recipe=recipe, zero_init=False)
     tokens = torch.randint(0, 46, (3, 9))
     padded = torch.cat((tokens, torch.full((3, 7), 46)), 1)
-    out = model.encode(padded, padded != 46)[:, :9]
+    out = model.encode(padded, (padded != 46)[:, None, None])[:, :9]
     assert torch.allclose(out, model.encode(tokens), atol=1e-6)
     assert not torch.allclose(model.encode(padded)[:, :9], out, atol=1e-3)
 
@@ -669,8 +657,9 @@ def test_bert_is_the_fair_baseline_of_the_papers_tables():
 
 
 def test_later_blocks_join_as_the_identity():
-    depths = [cram.depth_at(0.49, cram.Config(layers=n, shallow=0.5)) for n in (1, 2, 3, 4, 6, 16)]
-    assert depths == [1, 2, 2, 2, 3, 8]
+    for p, expected in ((0.24, [1, 2, 3, 1, 1, 4]), (0.49, [1, 2, 3, 2, 3, 8])):
+        configs = [cram.Config(layers=n, shallow=0.5) for n in (1, 2, 3, 4, 6, 16)]
+        assert [cram.depth_at(p, cfg) for cfg in configs] == expected
     assert cram.depth_at(0.5, cram.Config(layers=16, shallow=0.5)) == 16
     model, _ = small_model(layers=4)
     for block in model.blocks[:2]:
@@ -693,7 +682,7 @@ def test_only_matrices_decay_and_muon_takes_those_of_the_blocks():
     assert (decayed["betas"], decayed["eps"], decayed["peak"]) == ((0.9, 0.98), 1e-12, cfg.lr)
     model, cfg = small_model(recipe="modern")
     optimizers = cram.make_optimizers(model, cfg, "fp32")
-    assert [len(group["params"]) for group in optimizers["adamw"].param_groups] == [1, 5]
+    assert [len(group["params"]) for group in optimizers["adamw"].param_groups] == [1, 8]
     assert set(optimizers["muon"].param_groups[0]["params"]) == {
         p for p in model.blocks.parameters() if p.ndim == 2
     }
@@ -786,19 +775,19 @@ def test_validation_has_the_same_masks_whatever_the_run_hides(tmp_path, data):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
-def test_half_of_the_blocks_train_alone_until_shallow(tmp_path, data):
+def test_the_first_blocks_train_alone_until_shallow(tmp_path, data):
     """Till then the others keep their first weights, and a token costs less."""
-    flags = ["--layers", "4", "--shallow", "0.5", "--evals", "10"]
+    flags = ["--layers", "4", "--shallow", "0.5", "--evals", "20"]
     out = run_cram(data, tmp_path / "whole", "40steps", *flags)
     model, _, _ = cram.load_model(out)
     for a, b in pairwise(log_of(out)):
         spent = (float(b["exaflops"]) - float(a["exaflops"])) * 1e18
-        depth = 2 if float(a["progress"]) < 0.5 else 4
+        depth = {0: 1, 1: 2}.get(int(4 * float(a["progress"])), 4)  # a quarter, half, all
         tokens = int(b["tokens"]) - int(a["tokens"])
         assert spent / tokens == pytest.approx(model.flops_per_token(depth))
     assert model.blocks[3].ffn_out.weight.abs().max() > 0
     out = run_cram(data, tmp_path / "half", "40steps", *flags[:2], "--shallow", "0.99")
-    assert cram.load_checkpoint(out)["muon"]["state"].keys() <= set(range(16))
+    assert cram.load_checkpoint(out)["muon"]["state"].keys() == set(range(8))
     model, _, _ = cram.load_model(out)
     assert model.blocks[1].ffn_out.weight.abs().max() > 0
 
@@ -820,7 +809,7 @@ def test_rows_are_read_in_order_or_shuffled(tmp_path, data, monkeypatch):
         read.clear()
         run_cram(data, tmp_path / shuffle, "250steps", "--shuffle", shuffle)
         first, second = read[: len(rows)], read[len(rows) : 2 * len(rows)]
-        assert sorted(first) == sorted(second) == disk != second
+        assert sorted(first) == disk and first == second
         assert (first == disk) == (shuffle == "false")
 
 
@@ -832,7 +821,7 @@ def test_training_beats_the_unigram_line(trained, data):
         "step seconds progress tokens exaflops lr batch_rows train_loss val_loss grad_norm "
         "tokens_per_s mfu"
     ).split(" ")
-    assert float(rows[0]["val_loss"]) == pytest.approx(math.log(380), abs=0.3)
+    assert float(rows[0]["val_loss"]) == pytest.approx(unigram, abs=0.1)  # the decoder's bias
     assert float(rows[-1]["val_loss"]) < unigram - 1.5
     assert (rows[-1]["step"], float(rows[-1]["lr"])) == ("300", 0)
     assert sum(row["val_loss"] != "" for row in rows) == 6
@@ -841,7 +830,7 @@ def test_training_beats_the_unigram_line(trained, data):
 
 def test_fp16_scales_its_loss(tmp_path, data, capsys):
     """The first scales are too large for the gradient: those steps are left out."""
-    out = run_cram(data, tmp_path, "12steps", "--dtype", "fp16")
+    out = run_cram(data, tmp_path, "12steps", "--dtype", "fp16", "--unigram_bias", "false")
     state = cram.load_checkpoint(out)
     assert 1 < state["scaler"]["scale"] <= 65536
     assert float(log_of(out)[-1]["val_loss"]) < 5.5
@@ -901,10 +890,10 @@ def wait_for_rows(process, out, count):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is Unix's")
-@pytest.mark.parametrize("budget", ["240steps", "61ktokens", "6e9flops"])
+@pytest.mark.parametrize("budget", ["120steps", "31ktokens", "3e9flops"])
 def test_resume_after_a_kill_equals_an_uninterrupted_run(tmp_path, data, budget):
     """Killed (SIGKILL, a real process) at a random moment and resumed: the same, bit for bit."""
-    flags = ["--dropout", "0.1", "--layers", "3", "--shallow", "0.5", "--evals", "12"]
+    flags = ["--dropout", "0.1", "--layers", "4", "--shallow", "0.5", "--evals", "12"]
     whole = run_cram(data, tmp_path / "whole", budget, *flags)
     out = tmp_path / "killed"
     process = start_cram(*words_of(data, out, budget, *flags))
@@ -972,11 +961,11 @@ def test_a_log_that_was_edited_or_runs_ahead_does_not_stop_a_resume(tmp_path, tr
 def test_two_processes_train_like_one(tmp_path, data):
     """torchrun with two gloo processes, stopped by SIGTERM, and ended by one process alone."""
     flags = ["--batch_size", "16", "--recipe", "cram", "--lr", "1e-3", "--evals", "10"]
-    whole = run_cram(data, tmp_path / "one", "150steps", *flags)
+    whole = run_cram(data, tmp_path / "one", "80steps", *flags)
     out = tmp_path / "two"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start_cram(*words_of(data, out, "150steps", *flags), python=torchrun)
-    wait_for_rows(process, out, 8)
+    process = start_cram(*words_of(data, out, "80steps", *flags), python=torchrun)
+    wait_for_rows(process, out, 5)
     process.terminate()
     process.communicate(timeout=60)
     assert cram.load_checkpoint(out)["run"]["progress"] < 1
@@ -1031,10 +1020,11 @@ def test_no_print_ends_a_run(tmp_path, data, redirection):
 
 
 def test_a_file_gets_few_plain_lines(tmp_path, data):
-    done = script("cram.py", *words_of(data, tmp_path / "a", "410steps"))
+    """One at each evaluation; the log has the rest."""
+    done = script("cram.py", *words_of(data, tmp_path / "a", "90steps", "--layers", "1"))
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout and "\033" not in done.stdout
-    assert 30 < len(done.stdout.splitlines()) <= 60
+    assert len(done.stdout.splitlines()) == 11 and len(log_of(tmp_path / "a")) >= 10
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
@@ -1079,10 +1069,10 @@ def test_without_a_compiler_a_run_goes_on_uncompiled(tmp_path, data):
 
 
 def test_a_compiled_run_learns_like_one_that_is_not(tmp_path, data):
-    flags = ["--recipe", "cram", "--layers", "2", "--batch_size", "24"]
+    flags = ["--recipe", "cram", "--layers", "1", "--batch_size", "24"]
     losses = []
     for compile in ("false", "true"):
-        out = run_cram(data, tmp_path / compile, "30steps", *flags, "--compile", compile)
+        out = run_cram(data, tmp_path / compile, "20steps", *flags, "--compile", compile)
         losses.append([float(row["val_loss"]) for row in log_of(out) if row["val_loss"]])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
@@ -1174,14 +1164,8 @@ def test_metrics_by_hand():
     assert accuracy(predicted, true) == pytest.approx(5 / 6)
     assert f1(predicted, true) == pytest.approx(4 / 5)  # precision 2 / 3, recall 2 / 2
     assert matthews(predicted, true) == pytest.approx(2 * 3 / math.sqrt(3 * 2 * 3 * 4))
-    # Deviations (-1, 0, 1) and (-2, 1, 1); ranks (1, 2, 3, 4) and (1.5, 1.5, 3, 4).
+    # Deviations (-1, 0, 1) and (-2, 1, 1).
     assert pearson([1, 2, 3], [0, 3, 3]) == pytest.approx(3 / math.sqrt(12))
-    assert spearman([1, 10, 99, 100], [2, 2, 3, 9]) == pytest.approx(4.5 / math.sqrt(22.5))
-
-
-def ranks(values):
-    """One plus the smaller values, and half of the other equal ones."""
-    return np.array([1 + (values < x).sum() + ((values == x).sum() - 1) / 2 for x in values])
 
 
 def correlation(x, y):
@@ -1197,15 +1181,13 @@ def test_metrics_equal_their_brute_force_twins():
         p, t = rng.integers(0, 5, (2, rng.integers(2, 30)))
         same = {"abs": 1e-12, "nan_ok": True}
         assert pearson(p, t) == pytest.approx(correlation(p, t), **same)
-        assert spearman(p, t) == pytest.approx(correlation(ranks(p), ranks(t)), **same)
 
 
 def test_undefined_metrics_are_nan():
     no = np.zeros(4)
     assert math.isnan(f1(no, no)) and f1(no, 1 - no) == 0
     assert matthews(no, np.arange(4) % 2) == 0  # as scikit-learn has it
-    for metric in (pearson, spearman):
-        assert math.isnan(metric(np.full(1000, 0.1), np.arange(1000)))  # their mean is not 0.1
+    assert math.isnan(pearson(np.full(1000, 0.1), np.arange(1000)))  # their mean is not 0.1
 
 
 def test_texts_are_encoded_and_cut_longest_first(trained):
@@ -1324,7 +1306,7 @@ def test_all_of_glue_from_start_to_submission(tmp_path, run, capsys):
     ]  # fmt: skip
     *values, average = (float(value) for _, value in scores)
     assert min(values) > 80 and average == pytest.approx(sum(values) / 9, abs=0.1)
-    assert "STS-B spearman: median" in text and "MRPC accuracy: median" in text
+    assert "STS-B pearson: median" in text and "MRPC accuracy: median" in text
     files = submission(tmp_path / "submit")
     assert list(files) == [f"{name.split()[0]}.tsv" for name, _ in scores[:9]]
     for header, *rows in files.values():
@@ -1425,6 +1407,22 @@ def test_it_repeats_with_its_seed_and_starts_from_the_weights(trained, glue):
     assert first == predict(0) != predict(1) and np.std(first) > 0
     arguments[3].checkpoint = "none"  # random weights, which the seed decides too
     assert first != predict(0) == predict(0) != predict(1)
+
+
+def test_the_pair_head_reads_both_texts_and_how_they_differ(trained):
+    encoder, tokenizer, _ = cram.load_model(trained)
+    options = finetune_glue.Options(head="pair", dtype="fp32")
+    model = finetune_glue.Classifier(encoder, 1, options)
+    texts = [["the cat", "a dog sees"], ["the fox"], ["the wolf likes the duck", "a duck"]]
+    rows = [torch.tensor(finetune_glue.encode(text, tokenizer, 32)) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=376)
+    for row, logit in zip(rows, model(padded), strict=True):
+        x = encoder.encode(row[None])[0]
+        ends = [0, *(row == 378).nonzero().flatten().tolist()]  # [CLS], [SEP], [SEP]
+        parts = [x[a + 1 : b] for a, b in pairwise(ends)]
+        u, v = [part.mean(0) if len(part) else torch.zeros(32) for part in parts]
+        expected = model.head(torch.cat((x[0], u, v, abs(u - v), u * v)))
+        assert logit.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_the_optimiser_and_its_schedule_are_the_papers(trained, glue, monkeypatch):

@@ -3,6 +3,7 @@
     python assets/check_export.py out/cram                     # weights, tokens, pipelines
     python assets/check_export.py out/cram corpus/*.jsonl.gz   # and the tokens of these documents
     python assets/check_export.py out/cram --glue data/glue    # and fine-tuning by their Trainer
+    python assets/check_export.py out/cram --quick             # of the texts a small part
 
 Prints what it compared, and ends with exit code 1 if anything differs. Where transformers is not
 installed it says so and ends well.
@@ -84,7 +85,7 @@ def check_weights(folder, model):
         limit = max(TOLERANCE, 1e-5 * largest)  # of large numbers fp32 keeps fewer decimals
         compare(f"hidden states{title}, up to {largest:.1f}", worst, limit)
     padded = theirs(input_ids=tokens, attention_mask=mask).logits
-    x = model.head(model.encode(tokens, mask))
+    x = model.head(model.encode(tokens, mask[:, None, None]))
     ours = torch.nn.functional.linear(x, model.embedding.weight, model.decoder_bias)
     compare("logits with padding", (ours - padded)[mask].abs().max(), TOLERANCE)
 
@@ -100,7 +101,7 @@ def hidden_states(model, tokens, mask, depth):
     norm = model.final_norm
     if depth < model.cfg.layers:
         model.final_norm = torch.nn.Identity()
-    x = model.encode(tokens, mask, depth)
+    x = model.encode(tokens, None if mask is None else mask[:, None, None], depth)
     model.final_norm = norm
     return x
 
@@ -117,15 +118,15 @@ def documents(paths):
                 yield json.loads(line)["text"]
 
 
-def unicode_texts():
-    """Each character: alone, between letters, and in runs of 64 with and without spaces."""
+def unicode_texts(alone):
+    """Each character: in runs of 64 with and without spaces, and, if `alone`, between letters."""
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(characters), 64):
         run = characters[start : start + 64]
         yield "".join(run)
         yield " ".join(run)
         yield "a".join(run) + "E\u0301"
-    for c in characters:
+    for c in characters if alone else ():
         if unicodedata.category(c) not in ("Cn", "Co"):  # not assigned, private
             yield f"x{c}Y {c}z"
 
@@ -141,15 +142,15 @@ def random_texts(count):
         yield "".join(rng.choices(letters, k=rng.randint(1, 70)))
 
 
-def check_tokens(folder, tokenizer, paths):
+def check_tokens(folder, tokenizer, paths, quick):
     """Not one id may differ, on any text."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)
     groups = {
         "nasty texts": NASTY,
-        "texts of all of Unicode": unicode_texts(),
-        "random texts": random_texts(200_000),
+        "texts of all of Unicode": unicode_texts(alone=not quick),
+        "random texts": random_texts(5_000 if quick else 200_000),
         "documents": documents(paths),
     }
     for title, texts in groups.items():
@@ -286,7 +287,8 @@ def main(argv):
         cram.fail("expected a folder: python assets/check_export.py out/cram [DOCUMENTS.jsonl ...]")
     out, *paths = argv
     glue = paths.pop() if "--glue" in paths else ""
-    paths = [path for path in paths if path != "--glue"]
+    quick = "--quick" in paths
+    paths = [path for path in paths if path not in ("--glue", "--quick")]
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -297,7 +299,7 @@ def main(argv):
         export.export(out, folder)
         model, tokenizer, _ = cram.load_model(out)
         check_weights(folder, model)
-        check_tokens(folder, tokenizer, paths)
+        check_tokens(folder, tokenizer, paths, quick)
         check_use(out, folder)
         if glue:
             check_glue(out, folder, glue)

@@ -20,7 +20,7 @@ from torch.nn.functional import layer_norm
 import cram
 import finetune_glue
 import prepare_data
-from assets import bench, export, fill, plot
+from assets import bench, check_export, export, fill, plot
 from test_cram import ANIMALS, HERE, message, run_cram, write_jsonl
 
 
@@ -173,6 +173,10 @@ def test_an_export_holds_the_weights_of_the_checkpoint(trained, exported):
             expected[f"model.layers.{i}.{b}.weight"] = ours[f"blocks.{i}.{a}.weight"]
         up = f"model.layers.{i}.mlp.Wi.weight"
         expected[up] = expected[up].roll(32, 0)  # 64 rows: gate and value change places
+        bias = torch.cat((ours[f"blocks.{i}.qk_bias"].flatten(), torch.zeros(32)))  # q, k and v
+        expected[f"model.layers.{i}.attn.Wqkv.bias"] = bias
+        expected[f"model.layers.{i}.attn.Wo.bias"] = torch.zeros(32)
+    expected["decoder.bias"] = ours["decoder_bias"]
     expected["model.layers.0.attn.Wqkv.weight"] *= expected.pop("model.layers.0.attn_norm.weight")
     last = [theirs.pop(f"{n}.weight") for n in ("model.final_norm", "head.dense", "head.norm")]
     assert theirs.keys() == expected.keys()
@@ -181,6 +185,15 @@ def test_an_export_holds_the_weights_of_the_checkpoint(trained, exported):
     norm = layer_norm(x, (32,), ours["final_norm.weight"])
     assert torch.allclose(layer_norm(x, (32,), last[0]), norm)
     assert torch.allclose(layer_norm(norm @ last[1].T, (32,), last[2]), norm, atol=1e-5)
+
+
+def test_transformers_computes_the_same(trained, data, tmp_path, capsys):
+    """The real thing: .ci/run installs transformers after all other tests, and calls this again."""
+    pytest.importorskip("transformers", reason="what is not installed cannot be compared with")
+    bert = run_cram(data, tmp_path / "bert", "30steps", "--recipe", "bert")
+    for out in (trained, bert):
+        check_export.main([str(out), "--quick"])
+        assert capsys.readouterr().out.endswith("all the same\n")
 
 
 def test_an_export_tells_the_numbers_of_its_run(trained, exported):
