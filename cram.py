@@ -70,10 +70,10 @@ class Config:
     linear_bias: bool = False  # biases in the linear layers
     norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
-    neighbours: bool = True  # rotary heads start out looking at the positions left and right
+    neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = 0.8  # share of the budget in which a quarter, then half of the blocks learn
+    shallow: float = 0.8  # share of it that trains a quarter, then half of 4 blocks or more
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
@@ -252,7 +252,7 @@ def mask_rows(rows, rng, cfg, vocab_size):
     seq_len = rows.shape[1]
     count, masked, randoms = mask_counts(cfg, seq_len)
     noise = rng.random((len(rows), seq_len + randoms))
-    where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # any K positions, in random order
+    where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # K positions, at random
     targets = np.take_along_axis(rows, where, axis=1)
     shown = targets.copy()
     shown[:, :masked] = vocab_size - 1  # [MASK], the last of the specials
@@ -280,22 +280,22 @@ def rotate(x, rotation):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def neighbour_bias(cfg, number, rotation):
-    """(2, heads, 1, D): what block `number` starts out adding to q and k. Equal vectors would let a
-    head look at its own position; one turned by d lets it look d to the left (k's) or right (q's).
-    The heads look 1 to the left, 1 to the right, 2 to the left, ... 4 to the right, 1 ..."""
-    nth = number * cfg.heads + torch.arange(cfg.heads)
+def neighbour_bias(cfg, layer, rotation):
+    """(2, heads, 1, D): what a block starts out adding to q and k, before they are turned. A score
+    is largest where both end at one angle: k turned ahead by d positions looks d to the left, q so
+    turned d to the right. Head by head: 1 left, 1 right, 2 left, ... 4 right, 1 left, ..."""
+    head = layer * cfg.heads + torch.arange(cfg.heads)  # counted through all layers
     plain = torch.zeros(cfg.heads, 1, cfg.width // cfg.heads)
     plain[..., :8] = 2.0  # the fastest pairs, which tell neighbours apart
-    turned = rotate(plain, rotation[:, nth // 2 % 4 + 1, None])
-    left = torch.stack((plain, turned))
-    return torch.where((nth % 2 == 0)[:, None, None], left, left.flip(0))
+    turned = rotate(plain, rotation[:, head // 2 % 4 + 1, None])
+    left = torch.stack((plain, turned))  # q, k: the other way round a head looks right
+    return torch.where((head % 2 == 0)[:, None, None], left, left.flip(0))
 
 
 class Block(nn.Module):
     """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
 
-    def __init__(self, cfg, number, rotation):
+    def __init__(self, cfg, layer, rotation):
         super().__init__()
         self.cfg = cfg
         inner = cfg.ffn_width // 2 if cfg.gated else cfg.ffn_width
@@ -307,7 +307,7 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(inner, cfg.width, bias=cfg.linear_bias)
         self.dropout = nn.Dropout(cfg.dropout)
         if cfg.neighbours:
-            self.qk_bias = nn.Parameter(neighbour_bias(cfg, number, rotation))
+            self.qk_bias = nn.Parameter(neighbour_bias(cfg, layer, rotation))
 
     def attention(self, x, mask, rotation):
         """x (B, S, W) -> (B, S, W); mask: None or (B, 1, 1, S), true where it may look."""
@@ -369,7 +369,7 @@ class Model(nn.Module):
         elif cfg.positions == "learned":
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
         norm = partial(nn.LayerNorm, cfg.width, eps=1e-12, bias=cfg.norm_bias)
-        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # for export.py: exact so
+        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # so export.py can be exact
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i, self.rotation) for i in range(cfg.layers))
         self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
@@ -384,7 +384,7 @@ class Model(nn.Module):
                 nn.init.zeros_(p)  # so a block starts as the identity
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
-            elif p.ndim == 1 and name.endswith("bias"):
+            elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
 
     def encode(self, tokens, mask=None, depth=None):
@@ -418,7 +418,7 @@ class Model(nn.Module):
 
 # ---- Optimisers ----------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): orthogonalised steps for matrices. torch's is in bf16 always."""
+    """Muon (Jordan et al. 2024): orthogonalised steps for matrices. torch.optim's: bf16 only."""
 
     def __init__(self, params, peak, weight_decay, dtype):
         super().__init__(params, {"peak": peak, "weight_decay": weight_decay})
@@ -481,12 +481,10 @@ def parse_budget(text):
 
 
 def lr_at(p, cfg):
-    """Share of the peak rate: up (from 0 the first step only fills the moments), level, down."""
-    if p < cfg.warmup:
-        return cfg.lr_start + (1 - cfg.lr_start) * p / cfg.warmup
-    if p > 1 - cfg.cooldown:
-        return (1 - p) / cfg.cooldown
-    return 1.0
+    """Share of the peak rate: up, level, down. A step at rate 0 only fills AdamW's averages."""
+    up = cfg.lr_start + (1 - cfg.lr_start) * p / cfg.warmup if p < cfg.warmup else 1.0
+    down = (1 - p) / cfg.cooldown if p > 1 - cfg.cooldown else 1.0
+    return min(up, down)
 
 
 def batch_at(p, cfg):
@@ -497,8 +495,8 @@ def batch_at(p, cfg):
 
 
 def depth_at(p, cfg):
-    """Blocks in the step: a quarter, half, then all. With zero_init they join as the identity."""
-    if p >= cfg.shallow or cfg.layers < 4:  # one block of two learns too little
+    """Blocks in the step: a quarter, half, all. With zero_init and pre-norm they join smoothly."""
+    if p >= cfg.shallow or cfg.layers < 4:  # of fewer a quarter would be none, and half too few
         return cfg.layers
     return cfg.layers // 4 if p < cfg.shallow / 2 else cfg.layers // 2
 
@@ -546,10 +544,11 @@ def matmul_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
     (a @ a)[0, 0].item()  # warms up; item() waits until it is done
-    start = time.monotonic()
-    for _ in range(20):
+    start, products = time.monotonic(), 0
+    while time.monotonic() < start + 0.2:
         (a @ a)[0, 0].item()
-    return 20 * 2 * n**3 / (time.monotonic() - start)
+        products += 1
+    return products * 2 * n**3 / (time.monotonic() - start)
 
 
 def fit(model, cfg, device, autocast):
@@ -557,9 +556,9 @@ def fit(model, cfg, device, autocast):
     wanted = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model) if wanted else model
     rows = min(cfg.micro_batch, cfg.batch_size)
-    _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]
+    _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]  # for the optimiser
     while forward is not model or device.type == "cuda":
-        try:  # a pass, with the memory that the optimiser will need; a failure changes one thing
+        try:  # a pass; a failure changes one thing
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
             where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]
             with autocast:
@@ -596,7 +595,7 @@ def agree(values, world):
 
 
 # ---- Checkpoint and log --------------------------------------------------------------------------
-FORMAT = 5  # of checkpoint.pt
+FORMAT = 6  # of checkpoint.pt
 
 
 @dataclass
@@ -736,7 +735,7 @@ def take_step(run, loss, rate, model, optimizers, scaler, cfg):
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     loss, norm = torch.stack((loss, norm)).tolist()  # only here does a step wait for the device
-    if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # else a smaller scale may help
+    if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # of fp16 a smaller one may help
         fail(f"no finite loss at step {run.step}: --resume --dtype fp32, or try a smaller --lr")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -768,7 +767,7 @@ def train(given):
     order = np.arange(len(train_rows))  # of the rows, in every pass
     if cfg.shuffle:
         np.random.default_rng(cfg.seed).shuffle(order)
-    if cfg.unigram_bias:
+    if cfg.unigram_bias and not state:  # 1 more of each, for none is impossible
         counts = 1 + np.bincount(train_rows[order[:10_000]].ravel(), minlength=vocab_size)
         model.decoder_bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     optimizers = make_optimizers(model, cfg, dtype)
@@ -784,7 +783,7 @@ def train(given):
         fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
 
-    draws = seq_len + mask_counts(cfg, seq_len)[2]  # random numbers that mask_rows draws for a row
+    draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
     if cfg.overwrite and not state and rank == 0:

@@ -53,7 +53,7 @@ class Options:
     epochs: int = 5  # passes over the training set
     batch_size: int = 16  # examples in a step
     lr: float = "auto"  # peak rate; auto: the paper's 4e-5 at width 768, more for narrower models
-    head: Literal["first", "pair"] = "first"  # reads [CLS] [2]; pair: the means of both texts too
+    head: Literal["first", "pair"] = "first"  # reads [CLS] [2]; pair: and how the texts differ
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matrix products; the rest is fp32
@@ -266,10 +266,10 @@ def batches(tokens, pad_id, size, rng):
         yield indices[part], tokens[indices[part], :longest]
 
 
-def compare(x, tokens, pad_id):
+def pair_features(x, tokens, pad_id):
     """x (B, S, W) -> (B, 5 W): x at [CLS]; u and v, its means over the two texts (0 if there is no
     second); and how they differ, |u - v| and u v (Reimers & Gurevych 2019)."""
-    text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # how many [SEP] came before
+    text = (tokens == pad_id + 2).cumsum(1)  # 0 in the first text, 1 from the first [SEP] on
     parts = [x[:, 0]]
     for number in (0, 1):
         inside = ((text == number) & (tokens < pad_id)).float()  # specials are no words
@@ -280,7 +280,7 @@ def compare(x, tokens, pad_id):
 
 
 class Classifier(nn.Module):
-    """The encoder, and on what its head reads the paper's dense, tanh, dropout, linear [2]."""
+    """The encoder, then the paper's classifier: dense, tanh, dropout, linear [2]."""
 
     def __init__(self, encoder, outputs, options):
         super().__init__()
@@ -302,7 +302,7 @@ class Classifier(nn.Module):
         x = x.float()  # the rest in fp32: from 2 to 4 bf16 has steps of 1/64
         if self.options.head == "first":
             return self.head(x[:, 0])
-        return self.head(compare(x, tokens, self.pad_id))
+        return self.head(pair_features(x, tokens, self.pad_id))
 
 
 def finetune(task, data, encoder, options, seed):

@@ -391,9 +391,7 @@ def test_downloads_that_fail_say_so(tmp_path, server, monkeypatch):
 GOOD = '{"text": "a fine text of some length"}\n'
 MISTAKES = [  # (name of the file, its content, what the sentence says)
     ("empty.txt", b"", "0 words of ASCII, all that is kept, too little for any"),
-    ("empty.jsonl", b"", "0 documents hold 0 words"),
     ("chinese.txt", "没有一个字母。".encode() * 99, "1 documents hold 0 words of ASCII"),
-    ("short.txt", b"aaaa bbbb aaaa bbbb", "enough for --vocab_size 26"),
     ("latin.jsonl", GOOD.encode() + b'{"text": "\xe9"}', "latin.jsonl, line 2 is"),
     ("broken.jsonl", f'{GOOD}\n{{"text": broken\n'.encode(), 'line 3 is \'{"text": broken'),
     ("array.json", b'[{"text": "a"}, {"text": "b"}]', 'expected one {"text": "a string"}'),
@@ -574,6 +572,7 @@ VARIANTS = [
     {"recipe": "modern"},
     {"recipe": "cram", "norm": "post"},
     {"recipe": "modern", "linear_bias": True, "gated": False, "head": True},
+    {"recipe": "modern", "positions": "learned"},
 ]
 
 
@@ -602,7 +601,7 @@ def test_model_equals_a_float64_recomputation(settings, dropout, monkeypatch):
 
 
 def test_heads_start_out_looking_at_their_neighbours():
-    """Whatever the tokens are: 1 to the left, 1 to the right, 2 to the left, ... of 4 heads each."""
+    """Whatever the tokens are: in 3 layers of 4 heads 1 to the left, 1 to the right, 2 ..."""
     model, _ = small_model(layers=3, width=256, heads=4, seq_len=20)
     angle = torch.outer(torch.arange(20), 10000.0 ** (-torch.arange(32) / 32))
     found = []
@@ -744,7 +743,7 @@ def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr(cram.time, "monotonic", tick)
     flags = ["--recipe", "cram", "--lr", "1e-3", "--batch_size", "16"]
-    run_cram(data, tmp_path, "60s", *flags)
+    run_cram(data, tmp_path, "30s", *flags)
     rows = log_of(tmp_path)
     progress = [float(row["progress"]) for row in rows]
     assert progress == sorted(progress) and progress[-1] == 1
@@ -752,7 +751,7 @@ def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
     for row, p in zip(rows, progress, strict=True):
         assert float(row["lr"]) == pytest.approx(1e-3 * cram.lr_at(p, cfg))
     assert (int(rows[1]["batch_rows"]), int(rows[-1]["batch_rows"])) == (8, 16)
-    assert 60 <= float(rows[-1]["seconds"]) < 60.2
+    assert 30 <= float(rows[-1]["seconds"]) < 30.2
 
 
 @pytest.mark.parametrize("budget", ["6000tokens", "3e9flops"])
@@ -928,7 +927,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data, name, code):
 def test_another_micro_batch_at_a_resume_changes_nothing_else(tmp_path, data, monkeypatch):
     flags = ["--recipe", "cram", "--batch_size", "32"]
     whole = run_cram(data, tmp_path / "whole", "40steps", *flags)
-    batch_at = cram.batch_at  # called once a step
+    batch_at = cram.batch_at
 
     def stopping(p, cfg):
         if p == 0.5:
@@ -943,9 +942,8 @@ def test_another_micro_batch_at_a_resume_changes_nothing_else(tmp_path, data, mo
     cram.main([str(word) for word in words])
     for a, b in zip(log_of(whole), log_of(tmp_path / "cut"), strict=True):
         assert a["batch_rows"] == b["batch_rows"]
-        assert float(a["train_loss"]) == pytest.approx(
-            float(b["train_loss"]), rel=1e-3, nan_ok=True
-        )
+        same = pytest.approx(float(b["train_loss"]), rel=1e-3, nan_ok=True)
+        assert float(a["train_loss"]) == same
 
 
 def test_a_log_that_was_edited_or_runs_ahead_does_not_stop_a_resume(tmp_path, trained, data):
@@ -1008,7 +1006,7 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, data):
 @pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "| head -n 2"])
 def test_no_print_ends_a_run(tmp_path, data, redirection):
     """But a reader that has seen enough stops it, as SIGTERM would: saved, to be resumed."""
-    words = words_of(data, tmp_path / "a", "100steps", "--evals", "10")
+    words = words_of(data, tmp_path / "a", "50steps", "--evals", "10")
     line = shlex.join([sys.executable, "cram.py", *words])
     done = bash(f"set -o pipefail; {line} {redirection}", PYTHONIOENCODING="ascii")
     progress = cram.load_checkpoint(tmp_path / "a")["run"]["progress"]
@@ -1350,11 +1348,12 @@ def test_runs_of_other_settings_weights_and_files_are_other_runs(run, glue):
 def start_glue(words):
     """The script as a process of its own."""
     command = [sys.executable, finetune_glue.__file__, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ONE_THREAD}
+    return subprocess.Popen(command, text=True, **pipes)
 
 
 def test_a_killed_run_goes_on(run, glue):
-    words = flags(run, glue, "--seeds", 9)
+    words = flags(run, glue, "--seeds", 6)
     process = start_glue(words)
     while "seed 1" not in process.stdout.readline():
         pass
@@ -1362,11 +1361,11 @@ def test_a_killed_run_goes_on(run, glue):
     text, errors = process.communicate()
     assert process.returncode == 130 and errors == ""
     files = kept(run)
-    assert 2 <= len(files) < 9
+    assert 2 <= len(files) < 6
     command = text.splitlines()[-1].partition("goes on from there: ")[2]
     assert shlex.split(command) == ["python", "finetune_glue.py", *words]  # quoted for pasting
     finetune_glue.main(words)
-    assert len(kept(run)) == 9 and files.items() <= kept(run).items()
+    assert len(kept(run)) == 6 and files.items() <= kept(run).items()
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 
 
@@ -1407,6 +1406,9 @@ def test_it_repeats_with_its_seed_and_starts_from_the_weights(trained, glue):
     assert first == predict(0) != predict(1) and np.std(first) > 0
     arguments[3].checkpoint = "none"  # random weights, which the seed decides too
     assert first != predict(0) == predict(0) != predict(1)
+    arguments[3].head, arguments[3].lr = "pair", 1e-9  # it starts out with the mean of the scores
+    mean = arguments[1]["train"][1].mean().item()
+    assert abs(np.mean(predict(0)) - mean) < 0.3 < mean
 
 
 def test_the_pair_head_reads_both_texts_and_how_they_differ(trained):

@@ -192,6 +192,7 @@ def draw(path, series, x_label, log):
             write(KEY + 30, key, label)
     picture = [HEAD.format(height=max(410, key + 20)), *out, "</svg>\n"]
     data = "\n".join(picture).encode(errors="replace")  # a folder's name may be no text
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(data))
 
 

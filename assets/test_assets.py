@@ -21,7 +21,7 @@ import cram
 import finetune_glue
 import prepare_data
 from assets import bench, check_export, export, fill, plot
-from test_cram import ANIMALS, HERE, message, run_cram, write_jsonl
+from test_cram import ANIMALS, HERE, message, run_cram, script, write_jsonl
 
 
 def test_bench_measures(capsys):
@@ -32,15 +32,15 @@ def test_bench_measures(capsys):
     assert tokens > 0 and mfu == pytest.approx(100 * rate / peak, abs=0.2)
 
 
-def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path, capsys):
+def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path):
     shutil.copy(trained / "checkpoint.pt", tmp_path / "my model.pt")
     text = "the fox sees the bear under a tree, says the [MASK]. the [MASK] sees the cat"
     answers = fill.fill(tmp_path / "my model.pt", text)
     assert [len(answer) for answer in answers] == [5, 5]
     assert {word for word, _ in answers[0]} <= set(ANIMALS)
     assert all(0 < chance < 1 for answer in answers for _, chance in answer)
-    fill.main([str(tmp_path / "my model.pt"), text.replace("[MASK]", "[mask]", 1)])
-    assert "[MASK] 2  " in capsys.readouterr().out
+    words = tmp_path / "my model.pt", text.replace("[MASK]", "[mask]", 1)
+    assert "[MASK] 2  " in script("cram.py", "fill", *words).stdout
 
 
 def test_fill_reads_quotes_and_shows_control_characters_escaped(trained):
@@ -275,17 +275,16 @@ def test_the_commands_of_readme_and_course_run(tmp_path, data, stories, monkeypa
     write_jsonl(Path("notes.jsonl"), stories[:9])
     shutil.copytree(data, "data/docs")
     shutil.copytree(data, "data/c4")
+    others = {"plot": plot, "fill": fill, "export": export}
     runs = {}  # data: a run on it; of the others on it only the settings are checked
-    for script, *words in [*commands(README), *commands(COURSE)]:
-        if script == "finetune_glue.py" or "c4" in words:
-            script = {"finetune_glue.py": finetune_glue}.get(script, prepare_data)
-            assert cram.parse_flags(script.Options, words, "", {})
-        elif script == "prepare_data.py":
+    for name, *words in [*commands(README), *commands(COURSE)]:
+        if name == "finetune_glue.py" or "c4" in words:
+            options = {"finetune_glue.py": finetune_glue.Options}.get(name, prepare_data.Options)
+            assert cram.parse_flags(options, words, "", {})
+        elif name == "prepare_data.py":
             prepare_data.main(with_flags(words, SHORT))
-        elif words[:1] == ["plot"]:
-            plot.main(words[1:])
-        elif words[:1] in (["fill"], ["export"]):
-            subprocess.run([sys.executable, HERE / script, *words], check=True)
+        elif words and words[0] in others:
+            others[words[0]].main(words[1:])
         elif "--resume" in words:
             cram.main(words)
         else:
