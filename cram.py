@@ -3,7 +3,7 @@
     python cram.py                                # prepares a small corpus, trains for 5 minutes
     python cram.py --data data/c4 --budget 24h    # the real thing: one GPU, one day
     python cram.py --resume --out out/cram        # goes on after a power cut
-    python cram.py fill out/cram "returns a new [MASK] with the same shape."
+    python cram.py fill out/cram "raises an [MASK] if it fails."
 
 The model reads rows of tokens, some of them hidden, and learns to name what was there.
 Rules and recipes: "Cramming: Training a Language Model on a Single GPU in One Day" (Geiping &

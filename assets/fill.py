@@ -1,6 +1,6 @@
 """What a trained model would put in the place of each [MASK] of a text.
 
-python cram.py fill out/cram "returns a new [MASK] with the same shape."
+python cram.py fill out/cram "raises an [MASK] if it fails."
 """
 
 import re
