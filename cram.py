@@ -648,6 +648,7 @@ def save_checkpoint(path, cfg, run, meta, parts):
     """Replaces the checkpoint by one of plain types and tensors."""
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
+    content["versions"] = f"torch {torch.__version__}, python {sys.version}"
     content |= {name: part.state_dict() for name, part in parts.items()}
     write_whole(path, partial(torch.save, content))
 
