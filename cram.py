@@ -388,11 +388,12 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
 
     def encode(self, tokens, mask=None, depth=None):
-        """tokens (B, S) -> (B, S, W); mask (B, 1, 1, S): false at padding; depth: None for all."""
+        """tokens (B, S) -> (B, S, W); mask (B, S): false at padding; depth: None for all blocks."""
         x = self.embedding(tokens)
         if self.cfg.positions != "rotary":
             x = x + self.position_scale * self.positions[: tokens.shape[1]]
         x = self.dropout(self.embedding_norm(x))
+        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
         for block in self.blocks[:depth]:
             x = block(x, mask, self.rotation)
         return self.final_norm(x)
@@ -783,7 +784,6 @@ def train(given):
     if world > min(8, cfg.batch_size):
         fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
-
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)

@@ -269,7 +269,7 @@ def batches(tokens, pad_id, size, rng):
 def pair_features(x, tokens, pad_id):
     """x (B, S, W) -> (B, 5 W): x at [CLS]; u and v, its means over the two texts (0 if there is no
     second); and how they differ, |u - v| and u v (Reimers & Gurevych 2019)."""
-    text = (tokens == pad_id + 2).cumsum(1)  # 0 in the first text, 1 from the first [SEP] on
+    text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # 0 in the first, then 1
     parts = [x[:, 0]]
     for number in (0, 1):
         inside = ((text == number) & (tokens < pad_id)).float()  # specials are no words
@@ -298,7 +298,7 @@ class Classifier(nn.Module):
         """tokens (B, S) -> logits (B, outputs)."""
         dtype = DTYPES[self.options.dtype]
         with torch.autocast(tokens.device.type, dtype, dtype != torch.float32):
-            x = self.encoder.encode(tokens, (tokens != self.pad_id)[:, None, None])
+            x = self.encoder.encode(tokens, tokens != self.pad_id)
         x = x.float()  # the rest in fp32: from 2 to 4 bf16 has steps of 1/64
         if self.options.head == "first":
             return self.head(x[:, 0])

@@ -619,7 +619,7 @@ def test_padding_does_not_change_a_sequence(recipe):
     model, _ = small_model(recipe=recipe, zero_init=False)
     tokens = torch.randint(0, 46, (3, 9))
     padded = torch.cat((tokens, torch.full((3, 7), 46)), 1)
-    out = model.encode(padded, (padded != 46)[:, None, None])[:, :9]
+    out = model.encode(padded, padded != 46)[:, :9]
     assert torch.allclose(out, model.encode(tokens), atol=1e-6)
     assert not torch.allclose(model.encode(padded)[:, :9], out, atol=1e-3)
 

@@ -85,7 +85,7 @@ def check_weights(folder, model):
         limit = max(TOLERANCE, 1e-5 * largest)  # of large numbers fp32 keeps fewer decimals
         compare(f"hidden states{title}, up to {largest:.1f}", worst, limit)
     padded = theirs(input_ids=tokens, attention_mask=mask).logits
-    x = model.head(model.encode(tokens, mask[:, None, None]))
+    x = model.head(model.encode(tokens, mask))
     ours = torch.nn.functional.linear(x, model.embedding.weight, model.decoder_bias)
     compare("logits with padding", (ours - padded)[mask].abs().max(), TOLERANCE)
 
@@ -101,7 +101,7 @@ def hidden_states(model, tokens, mask, depth):
     norm = model.final_norm
     if depth < model.cfg.layers:
         model.final_norm = torch.nn.Identity()
-    x = model.encode(tokens, None if mask is None else mask[:, None, None], depth)
+    x = model.encode(tokens, mask, depth)
     model.final_norm = norm
     return x
 
@@ -126,7 +126,9 @@ def unicode_texts(alone):
         yield "".join(run)
         yield " ".join(run)
         yield "a".join(run) + "E\u0301"
-    for c in characters if alone else ():
+    if not alone:
+        return
+    for c in characters:
         if unicodedata.category(c) not in ("Cn", "Co"):  # not assigned, private
             yield f"x{c}Y {c}z"
 
