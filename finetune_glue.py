@@ -1,7 +1,6 @@
 """The score: fine-tunes a trained model on the tasks of GLUE and measures it on their dev sets.
 
     python finetune_glue.py --checkpoint out/cram                      # all tasks, 5 seeds
-    python finetune_glue.py --checkpoint out/cram --tasks cola,rte --seeds 3
     python finetune_glue.py --checkpoint none --like out/cram          # a baseline: random weights
     python finetune_glue.py --checkpoint out/cram --submit out/submit  # and files for GLUE's server
 
@@ -164,8 +163,7 @@ def unzip(path, task):
             names = {split: f"{task.folder}/{split}.tsv" for split in task.splits}
             return {split: archive.read(name) for split, name in names.items()}
     except (zipfile.error, zlib.error, EOFError, OSError, RuntimeError, LookupError, ValueError):
-        expected = ", ".join(task.splits)
-        fail(f"{path.name} came damaged, or without one of the files {expected}: try again")
+        fail(f"{path.name} came damaged, or lacks one of {', '.join(task.splits)}: try again")
 
 
 def build_mrpc(*paths):
@@ -266,17 +264,18 @@ def batches(tokens, pad_id, size, rng):
         yield indices[part], tokens[indices[part], :longest]
 
 
-def pair_features(x, tokens, pad_id):
-    """x (B, S, W) -> (B, 5 W): x at [CLS]; u and v, its means over the two texts (0 if there is no
-    second); and how they differ, |u - v| and u v (Reimers & Gurevych 2019)."""
+def pair_features(x, words, tokens, pad_id):
+    """x (B, S, W) of the last layer, words (B, S, W) embedded -> (B, 5 W): x at [CLS], its mean in
+    each text, and how far the words of each text are, on average, from what attention finds for
+    them outside it (Parikh et al. 2016). The parts of a missing second text are 0."""
     text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # 0 in the first, then 1
-    parts = [x[:, 0]]
-    for number in (0, 1):
-        inside = ((text == number) & (tokens < pad_id)).float()  # specials are no words
-        inside /= inside.sum(1, keepdim=True).clamp(min=1)
-        parts.append((inside[:, None] @ x).squeeze(1))
-    _, u, v = parts
-    return torch.cat((*parts, (u - v).abs(), u * v), dim=1)
+    inside = torch.stack([(text == n) & (tokens < pad_id) for n in (0, 1)], dim=1)  # (B, 2, S)
+    share = inside / inside.sum(2, keepdim=True).clamp(min=1)  # that a word has in the mean
+    # A position may look at the other text, and at a special: so there is always something to find.
+    outside = (text[:, :, None] != text[:, None]) & (tokens != pad_id)[:, None]  # (B, S, S)
+    match = F.scaled_dot_product_attention(words, words, words, outside)
+    parts = x[:, :1], share @ x, share @ (words - match).abs()
+    return torch.cat(parts, dim=1).flatten(1)
 
 
 class Classifier(nn.Module):
@@ -302,7 +301,8 @@ class Classifier(nn.Module):
         x = x.float()  # the rest in fp32: from 2 to 4 bf16 has steps of 1/64
         if self.options.head == "first":
             return self.head(x[:, 0])
-        return self.head(pair_features(x, tokens, self.pad_id))
+        words = self.encoder.embedding_norm(self.encoder.embedding(tokens))
+        return self.head(pair_features(x, words, tokens, self.pad_id))
 
 
 def finetune(task, data, encoder, options, seed):
@@ -434,7 +434,8 @@ def score_all(options, file):
     device, options.dtype = cram.choose_device(options)
     options.device = device.type
     if options.lr == "auto":
-        options.lr = 4e-5 * (768 / model.cfg.width) ** 2
+        at_base = {"first": 4e-5, "pair": 1e-4}  # the paper's; found at mini
+        options.lr = at_base[options.head] * (768 / model.cfg.width) ** 2
     title = options.checkpoint
     if title == "none":
         title = f"random weights, shaped as {options.like}"
@@ -447,7 +448,6 @@ def score_all(options, file):
         tempfile.TemporaryFile(dir=folder).close()
     tasks = {name: load_task(TASKS[name], options, tokenizer, model.seq_len) for name in names}
 
-    # All that shapes a score: a kept run counts where it agrees in all of it.
     settings = {"checkpoint": sha256(file), "random": options.checkpoint == "none"}
     for name in ("device", "dtype", "epochs", "batch_size", "lr", "head"):
         settings[name] = getattr(options, name)

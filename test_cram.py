@@ -1415,15 +1415,19 @@ def test_the_pair_head_reads_both_texts_and_how_they_differ(trained):
     encoder, tokenizer, _ = cram.load_model(trained)
     options = finetune_glue.Options(head="pair", dtype="fp32")
     model = finetune_glue.Classifier(encoder, 1, options)
-    texts = [["the cat", "a dog sees"], ["the fox"], ["the wolf likes the duck", "a duck"]]
+    texts = [["the cat", "a dog sees"], ["the fox"], ["the wolf likes the duck", "a"]]
     rows = [torch.tensor(finetune_glue.encode(text, tokenizer, 32)) for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=376)
     for row, logit in zip(rows, model(padded), strict=True):
         x = encoder.encode(row[None])[0]
-        ends = [0, *(row == 378).nonzero().flatten().tolist()]  # [CLS], [SEP], [SEP]
-        parts = [x[a + 1 : b] for a, b in pairwise(ends)]
-        u, v = [part.mean(0) if len(part) else torch.zeros(32) for part in parts]
-        expected = model.head(torch.cat((x[0], u, v, abs(u - v), u * v)))
+        words = encoder.embedding_norm(encoder.embedding(row))
+        first, last = (row == 378).nonzero().flatten().tolist()  # [SEP]; [CLS] is at 0
+        a, b = words[1:first], words[first + 1 : last]
+        parts = [x[0], x[1:first].mean(0), x[first + 1 : last].mean(0).nan_to_num()]
+        for here, there in ((a, words[first:]), (b, words[[*range(first), last]])):
+            found = torch.softmax(here @ there.T / 32**0.5, dim=1) @ there
+            parts.append((here - found).abs().mean(0).nan_to_num())  # nan: no second text
+        expected = model.head(torch.cat(parts))
         assert logit.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -1515,13 +1519,12 @@ def test_bad_archives_leave_nothing_behind(tmp_path, run, rte, glue_server):
         whole[: len(whole) // 2],
         whole[:200] + bytes(50) + whole[250:],
         whole[:-4] + b"\xff" + whole[-3:],  # a directory before the start of the file
-        b"no archive",
         packed({"RTE/train.tsv": "x"}),
     ]
     for content in contents:
         (glue_server / "glue/data/RTE.zip").write_bytes(content)
         text = problem(run, tmp_path / "new")
-        assert "RTE.zip came damaged, or without one of the files train, dev, test" in text
+        assert "RTE.zip came damaged, or lacks one of train, dev, test" in text
     (glue_server / "glue/data/CoLA.zip").write_bytes(whole)
     assert "CoLA.zip has another checksum" in problem(run, tmp_path / "new", "--tasks", "cola")
     assert "404" in problem(run, tmp_path / "new", "--tasks", "sst2")
@@ -1567,7 +1570,6 @@ FILES = [  # task, content of its dev.tsv, words of the sentence
     ("sst2", HEAD + b"\xff\xfe\t1\n", "no UTF-8 text"),
     ("sst2", b"sentence\tlabel\r" + b"fine\t1\r" * 999, "does not end its lines with line feeds"),
     ("stsb", STSB + b"5.5\n", "line 2: the label is '5.5', expected a number from 0 to 5"),
-    ("stsb", STSB + b"5\na\tb\t\n", "line 3: the label is ''"),
 ]
 
 
@@ -1586,9 +1588,7 @@ FLAGS = [  # flags after --checkpoint, words of the sentence
     (". --tasks cola,mnnli", "--tasks is 'cola,mnnli': expected all, or some of cola,sst2,"),
     (". --tasks ,", "--tasks is ',': expected all"),
     (". --seeds 0", "argument --seeds: got '0', expected"),
-    (". --epochs -1", "argument --epochs"),
     (". --lr 0", "argument --lr: got '0', expected"),
-    (". --dtype fp8", "argument --dtype: got 'fp8'"),
     (". --glue_dir /dev/null", "/dev/null"),
     ("none --like nowhere", "checkpoint.pt does not exist"),
 ]

@@ -144,9 +144,9 @@ def log_grid(low, high):
     return [x for x in ROUND if low <= x <= high] or [low, high]
 
 
-def draw(path, series, x_label, log):
+def draw(path, series, x_label, log, y_label="nats"):
     """Writes the picture of `series` to `path`: a list of (label in the key or "", colour, style:
-    line, dots or dash, points [(x, nats), ...]); log: of the x axis."""
+    line, dots or dash, points [(x, y), ...]); log: of the x axis."""
     xs = [x for *_, points in series for x, _ in points]
     ys = [y for *_, points in series for _, y in points]
     left = min(xs) if log else 0
@@ -171,7 +171,7 @@ def draw(path, series, x_label, log):
     # The grid and its numbers; text stands behind, before or across its point.
     out = []  # lines of the file
     write((LEFT + RIGHT) / 2, 396, x_label, "mid")
-    write(10, TOP, "nats")
+    write(10, TOP, y_label)
     for y in grid(low, high):
         line(f"M{LEFT} {down(y)}H{RIGHT}", "grid", "#8883")
         write(LEFT - 8, down(y), f"{y:.4g}", "end")

@@ -20,7 +20,7 @@ from torch.nn.functional import layer_norm
 import cram
 import finetune_glue
 import prepare_data
-from assets import bench, check_export, export, fill, plot
+from assets import bench, check_export, export, fill, plot, plot_scores
 from test_cram import ANIMALS, HERE, message, run_cram, script, write_jsonl
 
 
@@ -73,7 +73,8 @@ def write_log(path, points):
 
 def draw(capsys, *words):
     """What plot prints, {class: [[(x, y) in pixels, ...], ...]} of its lines, and its texts."""
-    plot.main([str(word) for word in words])
+    command = plot_scores if "STS-B pearson" in words else plot
+    command.main([str(word) for word in words])
     lines, texts = {}, []
     for e in xml.etree.ElementTree.parse(words[words.index("--to") + 1]).iter():
         if e.tag.endswith("text"):
@@ -141,6 +142,28 @@ def test_mistakes_in_plot_are_sentences(tmp_path, trained):
     ]
     for words, sentence in table:
         assert sentence in message(plot.main, [str(word) for word in words])
+
+
+def test_scores_are_drawn_seed_by_seed_with_a_line_at_random_weights(tmp_path, capsys):
+    outputs = {"0": [70.0, 70.0], "1": [60.0, 62.0], "4": [71.0], "16": [79.0, 75.0, 80.0]}
+    for tokens, scores in outputs.items():
+        seeds = [f"STS-B    seed {i}: STS-B pearson {y}, 9 s\n" for i, y in enumerate(scores)]
+        (tmp_path / f"pair-{tokens}M.log").write_text("data\n" + "".join(seeds))
+    (tmp_path / "pair-other.log").write_text("seed 0: STS-B pearson 10.0")  # no budget
+    words = tmp_path, "STS-B pearson", "--to", tmp_path / "c.svg"
+    said, lines, texts = draw(capsys, *words)
+
+    def at(x, score):
+        return 50 + 580 * x, 360 - 348 * (score - 59.95) / 20.1
+
+    dots = [at(0, 60), at(0, 62), at(0.5, 71), at(1, 79), at(1, 75), at(1, 80)]
+    assert np.allclose(lines["dots"], [dots], atol=0.1)
+    assert np.allclose(lines["line"], [[at(0, 61), at(0.5, 71), at(1, 79)]], atol=0.1)
+    assert np.allclose(lines["dash"], [[at(0, 70), at(1, 70)]], atol=0.1)
+    assert {"pair, STS-B pearson", "pair, random weights", "%"} <= set(texts)
+    assert "c.svg: 4 outputs" in said
+    assert "has no NAME-TOKENSM.log" in message(plot_scores.main, [str(tmp_path), "RTE accuracy"])
+    assert "expected python assets/plot_scores.py FOLDER" in message(plot_scores.main, ["."])
 
 
 # A checkpoint opens elsewhere --------------------------------------------------------------------
@@ -330,6 +353,19 @@ def test_losses_are_those_of_the_logs_beside_them():
             spread = f" ({min(seeds):.2f} to {max(seeds):.2f})" if len(seeds) > 1 else ""
             assert not seeds or f"| {np.median(seeds):.2f}{spread} |" in line, line
     assert checked > 200
+
+
+def test_scores_are_those_of_the_outputs_beside_them():
+    """A link's text is the median of the output it leads to, and the range where it has one."""
+    checked = 0
+    for page, text in PAGES.items():
+        for words, log in re.findall(r"\[(\d+\.\d[^\]]*)\]\(([^)]*glue[^)]*\.log)\)", text):
+            score, _, ends = words.rstrip(")").partition(" (")
+            output = (page.parent / log).read_text()
+            if ", range " in output:  # older ones are written otherwise
+                assert f"median {score}, range {ends}" in output, (words, log)
+                checked += 1
+    assert checked > 30
 
 
 def test_readme_is_short_and_finished():
