@@ -51,8 +51,9 @@ class Options:
     # the paper's one setting for all tasks [2]: what is changed is changed for all of them
     epochs: int = 5  # passes over the training set
     batch_size: int = 16  # examples in a step
-    lr: float = "auto"  # peak rate; auto: the paper's 4e-5 at width 768, more for narrower models
-    head: Literal["first", "pair"] = "first"  # reads [CLS] [2]; pair: and how the texts differ
+    lr: float = "auto"  # peak rate; auto: 4e-5 [2] (pair: 1e-4) at width 768, more for narrower
+    # The classifier: first reads [CLS] [2], pair matches the two texts too; auto: pair for modern.
+    head: Literal["auto", "first", "pair"] = "auto"
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matrix products; the rest is fp32
@@ -229,7 +230,9 @@ def load_split(path, task, tokenizer, seq_len):
 def encode(texts, tokenizer, seq_len):
     """The tokens `[CLS] a [SEP] b [SEP]` of two texts; the b of a single one is empty [2]."""
     cls, sep = (tokenizer.encode_single_token(name) for name in ("[CLS]", "[SEP]"))
-    a, b = [tokenizer.encode_ordinary(cram.normalise(text)) for text in (*texts, "")[:2]]
+    # A space first, as in running text: without it many a word would be cut into rare pieces.
+    a, b = [f" {cram.normalise(text)}".rstrip() for text in (*texts, "")[:2]]
+    a, b = tokenizer.encode_ordinary_batch([a, b])
     while len(a) + len(b) + 3 > seq_len:
         max(a, b, key=len).pop()  # the longer one loses its last token
     return [cls, *a, sep, *b, sep]
@@ -264,17 +267,17 @@ def batches(tokens, pad_id, size, rng):
         yield indices[part], tokens[indices[part], :longest]
 
 
-def pair_features(x, words, tokens, pad_id):
-    """x (B, S, W) of the last layer, words (B, S, W) embedded -> (B, 5 W): x at [CLS], its mean in
-    each text, and how far the words of each text are, on average, from what attention finds for
-    them outside it (Parikh et al. 2016). The parts of a missing second text are 0."""
-    text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # 0 in the first, then 1
+def pair_features(x, embedded, tokens, pad_id):
+    """x (B, S, W) of the last layer, embedded (B, S, W) before the first -> (B, 5 W): x at [CLS];
+    the mean of x in each text; and that of |word - match|, where a word's match is what attention
+    over the embeddings finds outside its text (Parikh et al. 2016). A missing text has zeros."""
+    text = (tokens == pad_id + SPECIALS.index("[SEP]")).cumsum(1)  # 0, then 1, and 2 behind both
     inside = torch.stack([(text == n) & (tokens < pad_id) for n in (0, 1)], dim=1)  # (B, 2, S)
     share = inside / inside.sum(2, keepdim=True).clamp(min=1)  # that a word has in the mean
-    # A position may look at the other text, and at a special: so there is always something to find.
+    # Outside are the words of the other text, and specials: so there is always something to find.
     outside = (text[:, :, None] != text[:, None]) & (tokens != pad_id)[:, None]  # (B, S, S)
-    match = F.scaled_dot_product_attention(words, words, words, outside)
-    parts = x[:, :1], share @ x, share @ (words - match).abs()
+    match = F.scaled_dot_product_attention(embedded, embedded, embedded, outside)
+    parts = x[:, :1], share @ x, share @ (embedded - match).abs()
     return torch.cat(parts, dim=1).flatten(1)
 
 
@@ -301,8 +304,8 @@ class Classifier(nn.Module):
         x = x.float()  # the rest in fp32: from 2 to 4 bf16 has steps of 1/64
         if self.options.head == "first":
             return self.head(x[:, 0])
-        words = self.encoder.embedding_norm(self.encoder.embedding(tokens))
-        return self.head(pair_features(x, words, tokens, self.pad_id))
+        embedded = self.encoder.embedding_norm(self.encoder.embedding(tokens))  # no dropout
+        return self.head(pair_features(x, embedded, tokens, self.pad_id))
 
 
 def finetune(task, data, encoder, options, seed):
@@ -392,7 +395,6 @@ def score_task(name, data, encoder, options, settings, kept):
         say(f"{task.folder:8} seed {seed}: {', '.join(shown)}, kept in {path}")
         runs.append(run)
 
-    # Medians over seeds, in percent.
     medians = {}
     for column in runs[0]["scores"]:
         values = 100 * np.array([run["scores"][column] for run in runs])
@@ -433,13 +435,13 @@ def score_all(options, file):
     model, tokenizer, _ = cram.load_model(file, dropout=0.1)  # 0.1 for all models [2]
     device, options.dtype = cram.choose_device(options)
     options.device = device.type
-    if options.lr == "auto":
-        at_base = {"first": 4e-5, "pair": 1e-4}  # the paper's; found at mini
-        options.lr = at_base[options.head] * (768 / model.cfg.width) ** 2
-    title = options.checkpoint
-    if title == "none":
-        title = f"random weights, shaped as {options.like}"
-    say(f"model    {title}; lr {options.lr:g}, {options.dtype} on {options.device}")
+    cram.fill_in(options, head="pair" if model.cfg.recipe == "modern" else "first")
+    at_base = {"first": 4e-5, "pair": 1e-4}[options.head]  # the paper's; found at mini
+    cram.fill_in(options, lr=at_base * (768 / model.cfg.width) ** 2)
+    random = f"random weights, shaped as {options.like}"
+    title = random if options.checkpoint == "none" else options.checkpoint
+    how = f"{options.head} head, lr {options.lr:g}, {options.dtype} on {options.device}"
+    say(f"model    {title}; {how}")
 
     # What cannot be written or read shows now, not after hours.
     kept = file.parent / "glue"
@@ -448,7 +450,7 @@ def score_all(options, file):
         tempfile.TemporaryFile(dir=folder).close()
     tasks = {name: load_task(TASKS[name], options, tokenizer, model.seq_len) for name in names}
 
-    settings = {"checkpoint": sha256(file), "random": options.checkpoint == "none"}
+    settings = {"format": 2, "checkpoint": sha256(file), "random": options.checkpoint == "none"}
     for name in ("device", "dtype", "epochs", "batch_size", "lr", "head"):
         settings[name] = getattr(options, name)
     medians = {}
@@ -458,12 +460,10 @@ def score_all(options, file):
         folder = Path(options.glue_dir, task.folder)
         splits = ["train", *columns(task, "dev")]
         settings["files"] = [sha256(folder / f"{split}.tsv") for split in splits]
-        # The runs, unless they are kept from before.
         counted, predictions = score_task(name, data, model, options, settings, kept)
         medians |= counted
         results.append((task, predictions))
 
-    # A row for a README, and what it is the mean of.
     mean = np.mean(list(medians.values()))
     total = "GLUE average" if len(medians) == 9 else f"mean of these {len(medians)} columns"
     row = [f"{value:.1f}" for value in (*medians.values(), mean)]

@@ -1,11 +1,12 @@
 """Draws what finetune_glue.py prints: scores against the tokens of pretraining, as an SVG.
 
-    python assets/plot_scores.py FOLDER "STS-B pearson" --to scores.svg
+    python assets/plot_scores.py --folder outputs --column "STS-B pearson" --to scores.svg
 
-FOLDER holds printed outputs as NAME-TOKENSM.log, such as pair-13.7M.log. A name has a colour: a dot
-for each seed, a line through the medians, and a dashed line at random weights, which have 0M.
+The folder holds its printed outputs as NAME-TOKENSM.log, such as pair-13.7M.log. Each name has a
+colour: a dot for each seed, a line through medians, a dashed line at random weights, which have 0M.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where cram.py is
 
-from assets.plot import COLOURS, GREY, draw
+from assets.plot import COLOURS, draw
 from cram import fail, parse_flags, prepare_output, say
 
 
@@ -22,44 +23,56 @@ from cram import fail, parse_flags, prepare_output, say
 class Plot:
     """What the picture shows."""
 
+    folder: str = "assets/glue-hour"  # with NAME-TOKENSM.log: printed outputs of finetune_glue.py
+    column: str = "STS-B pearson"  # the score: a task and its metric, as printed
     to: str = "scores.svg"  # the file to write
 
 
-def read_scores(folder, column):
-    """{name: {million tokens: [score of each seed]}} of the logs in `folder`."""
+def read_scores(ask):
+    """{name: {million tokens: [score of each seed]}} of the logs in the folder."""
     found = {}
-    for path in sorted(Path(folder).glob("*.log")):
+    for path in sorted(Path(ask.folder).glob("*.log")):
         named = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)M", path.stem)
-        seeds = re.findall(rf"seed \d+:.* {column} (\d+\.\d)", path.read_text())
-        if named and seeds:
-            found.setdefault(named[1], {})[float(named[2])] = [float(seed) for seed in seeds]
+        pattern = rf"seed \d+:.* {re.escape(ask.column)} (-?\d+\.\d|nan)"
+        seeds = [float(score) for score in re.findall(pattern, path.read_text())]
+        if not named or not seeds:
+            continue
+        if any(math.isnan(score) for score in seeds):
+            fail(f"{path} has a seed without a score: expected numbers")
+        found.setdefault(named[1], {})[float(named[2])] = seeds
     return found
+
+
+def plot(ask):
+    """Draws the scores; returns a sentence about what is in the picture."""
+    scores = read_scores(ask)
+    spent = [tokens for budgets in scores.values() for tokens in budgets if tokens > 0]
+    if not spent:
+        fail(f"{ask.folder} has no NAME-TOKENSM.log with a seed's {ask.column} after some tokens")
+    series = []
+    for number, (name, budgets) in enumerate(scores.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        random = budgets.pop(0.0, [])
+        budgets = sorted(budgets.items())
+        series.append(("", colour, "line", [(x, median(ys)) for x, ys in budgets]))
+        dots = [(x, y) for x, ys in budgets for y in ys]
+        series.append((f"{name}, {ask.column}", colour, "dots", dots))
+        if random:
+            ends = [(x, median(random)) for x in (min(spent), max(spent))]
+            series.append((f"{name}, random weights", colour, "dash", ends))
+    draw(ask.to, series, "million tokens of pretraining", True, "%")
+    return f"{ask.to}: outputs of {len(spent)} budgets"
 
 
 def main(argv):
     prepare_output()
-    if len(argv) < 2 or argv[0].startswith("-"):
-        fail('expected python assets/plot_scores.py FOLDER "STS-B pearson" --to scores.svg')
-    folder, column, *flags = argv
-    ask = Plot(**parse_flags(Plot, flags, __doc__, {}))
-    scores = read_scores(folder, column)
-    spent = [tokens for budgets in scores.values() for tokens in budgets if tokens > 0]
-    if not spent:
-        fail(f"{folder} has no NAME-TOKENSM.log with a seed's {column} after some tokens")
-
-    series = []
-    for (name, budgets), colour in zip(scores.items(), COLOURS):
-        budgets = dict(sorted(budgets.items()))
-        random = budgets.pop(0.0, [])
-        series.append(("", colour, "line", [(x, median(ys)) for x, ys in budgets.items()]))
-        series.append(
-            (f"{name}, {column}", colour, "dots", [(x, y) for x, ys in budgets.items() for y in ys])
-        )
-        if random:
-            ends = [(x, median(random)) for x in (min(spent), max(spent))]
-            series.append((f"{name}, random weights", GREY, "dash", ends))
-    draw(ask.to, series, "million tokens of pretraining", True, "%")
-    say(f"{ask.to}: {sum(len(budgets) for budgets in scores.values())} outputs")
+    ask = Plot(**parse_flags(Plot, argv, __doc__, {}))
+    if not ask.to.lower().endswith(".svg"):
+        fail(f"--to {ask.to}: the picture is an SVG, expected a name that ends in .svg")
+    try:
+        say(plot(ask))
+    except OSError as error:
+        fail(f"{error}: no picture was written")
 
 
 if __name__ == "__main__":

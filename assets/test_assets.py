@@ -71,10 +71,9 @@ def write_log(path, points):
     return path
 
 
-def draw(capsys, *words):
-    """What plot prints, {class: [[(x, y) in pixels, ...], ...]} of its lines, and its texts."""
-    command = plot_scores if "STS-B pearson" in words else plot
-    command.main([str(word) for word in words])
+def draw(capsys, *words, script=plot):
+    """What it prints, {class: [[(x, y) in pixels, ...], ...]} of its lines, and its texts."""
+    script.main([str(word) for word in words])
     lines, texts = {}, []
     for e in xml.etree.ElementTree.parse(words[words.index("--to") + 1]).iter():
         if e.tag.endswith("text"):
@@ -145,25 +144,39 @@ def test_mistakes_in_plot_are_sentences(tmp_path, trained):
 
 
 def test_scores_are_drawn_seed_by_seed_with_a_line_at_random_weights(tmp_path, capsys):
-    outputs = {"0": [70.0, 70.0], "1": [60.0, 62.0], "4": [71.0], "16": [79.0, 75.0, 80.0]}
-    for tokens, scores in outputs.items():
+    def write(name, scores):
         seeds = [f"STS-B    seed {i}: STS-B pearson {y}, 9 s\n" for i, y in enumerate(scores)]
-        (tmp_path / f"pair-{tokens}M.log").write_text("data\n" + "".join(seeds))
-    (tmp_path / "pair-other.log").write_text("seed 0: STS-B pearson 10.0")  # no budget
-    words = tmp_path, "STS-B pearson", "--to", tmp_path / "c.svg"
-    said, lines, texts = draw(capsys, *words)
+        (tmp_path / name).write_text("data\n" + "".join(seeds))
+
+    write("pair-0M.log", [60.0, 70.0, 71.0])
+    write("pair-0.5M.log", [60.0, 62.0])
+    write("pair-2M.log", [71.0])
+    write("pair-8M.log", [79.0, 75.0, 80.0])
+    write("first-8M.log", [-10.0])
+    write("pair-other.log", [90.0])  # no budget
+    words = "--folder", tmp_path, "--to", tmp_path / "c.svg"
+    said, lines, texts = draw(capsys, *words, script=plot_scores)
 
     def at(x, score):
-        return 50 + 580 * x, 360 - 348 * (score - 59.95) / 20.1
+        return 50 + 580 * x, 360 - 348 * (score + 10.05) / 90.1
 
     dots = [at(0, 60), at(0, 62), at(0.5, 71), at(1, 79), at(1, 75), at(1, 80)]
-    assert np.allclose(lines["dots"], [dots], atol=0.1)
-    assert np.allclose(lines["line"], [[at(0, 61), at(0.5, 71), at(1, 79)]], atol=0.1)
+    assert np.allclose(lines["dots"][0], [at(1, -10)], atol=0.1)
+    assert np.allclose(lines["dots"][1], dots, atol=0.1)
+    assert np.allclose(lines["line"][1], [at(0, 61), at(0.5, 71), at(1, 79)], atol=0.1)
     assert np.allclose(lines["dash"], [[at(0, 70), at(1, 70)]], atol=0.1)
-    assert {"pair, STS-B pearson", "pair, random weights", "%"} <= set(texts)
-    assert "c.svg: 4 outputs" in said
-    assert "has no NAME-TOKENSM.log" in message(plot_scores.main, [str(tmp_path), "RTE accuracy"])
-    assert "expected python assets/plot_scores.py FOLDER" in message(plot_scores.main, ["."])
+    assert {"pair, STS-B pearson", "pair, random weights", "first, STS-B pearson"} <= set(texts)
+    assert "c.svg: outputs of 4 budgets" in said
+    table = [
+        (["--column", "RTE accuracy"], "has no NAME-TOKENSM.log with a seed's RTE accuracy"),
+        (["--to", "c.png"], "expected a name that ends in .svg"),
+        (["--to", tmp_path / "pair-2M.log/c.svg"], "no picture was written"),
+    ]
+    for more, sentence in table:
+        typed = ["--folder", tmp_path, *more]
+        assert sentence in message(plot_scores.main, [str(word) for word in typed])
+    write("pair-9M.log", ["nan"])
+    assert "has a seed without a score" in message(plot_scores.main, ["--folder", str(tmp_path)])
 
 
 # A checkpoint opens elsewhere --------------------------------------------------------------------
