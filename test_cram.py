@@ -468,7 +468,6 @@ def test_of_two_preparations_at_once_the_first_to_finish_stays(tmp_path, source)
     assert load(tmp_path / "d") and not part.exists()
 
 
-# Worker processes that fail ----------------------------------------------------------------------
 def test_a_worker_that_is_killed_is_a_sentence():
     text = message(list, prepare_data.parallel(signal.raise_signal, [signal.SIGKILL] * 20, 2))
     assert "a worker process failed (" in text and "use fewer with --workers" in text
@@ -1099,6 +1098,8 @@ def test_python_cram_py_alone_prepares_the_docs(tmp_path, monkeypatch, data):
 MISTAKES = [
     ("--lr fast", "--lr: got 'fast', expected float from 0 to 1e+09 (-h lists all flags)"),
     ("--dropout nan", "expected float from 0 to 1"),
+    ("--compile maybe", "got 'maybe', expected true or false"),
+    ("--size huge", "got 'huge', expected auto or tiny or mini"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
     ("--seed 1 --seed 2", "--seed is given twice"),
     ("--budget 5", "budget '5' is not understood: expected one like 90s"),
@@ -1415,8 +1416,7 @@ def test_it_repeats_with_its_seed_and_starts_from_the_weights(trained, glue):
 
 def test_the_pair_head_reads_both_texts_and_how_they_differ(trained):
     encoder, tokenizer, _ = cram.load_model(trained)
-    options = finetune_glue.Options(head="pair", dtype="fp32")
-    model = finetune_glue.Classifier(encoder, 1, options)
+    model = finetune_glue.Classifier(encoder, 1, finetune_glue.Options(head="pair", dtype="fp32"))
     texts = [["the cat", "a dog sees"], ["the fox"], ["the wolf likes the duck", "a"]]
     rows = [torch.tensor(finetune_glue.encode(text, tokenizer, 32)) for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=376)

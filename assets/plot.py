@@ -147,6 +147,8 @@ def log_grid(low, high):
 def draw(path, series, x_label, log, y_label="nats"):
     """Writes the picture of `series` to `path`: a list of (label in the key or "", colour, style:
     line, dots or dash, points [(x, y), ...]); log: of the x axis."""
+    if not str(path).lower().endswith(".svg"):
+        fail(f"--to {path}: the picture is an SVG, expected a name that ends in .svg")
     xs = [x for *_, points in series for x, _ in points]
     ys = [y for *_, points in series for _, y in points]
     left = min(xs) if log else 0
@@ -251,8 +253,6 @@ def main(argv):
         ask = Plot(**parse_flags(Plot, flags, __doc__, {}))
         if not outs:
             fail("no run is named: expected python cram.py plot OUT [OUT ...] --to curves.svg")
-        if not ask.to.lower().endswith(".svg"):
-            fail(f"--to {ask.to}: the picture is an SVG, expected a name that ends in .svg")
         say(plot(outs, ask))
     except OSError as error:
         fail(f"{error}: no picture was written")

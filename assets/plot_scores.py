@@ -67,8 +67,6 @@ def plot(ask):
 def main(argv):
     prepare_output()
     ask = Plot(**parse_flags(Plot, argv, __doc__, {}))
-    if not ask.to.lower().endswith(".svg"):
-        fail(f"--to {ask.to}: the picture is an SVG, expected a name that ends in .svg")
     try:
         say(plot(ask))
     except OSError as error:
