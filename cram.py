@@ -73,7 +73,7 @@ class Config:
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = 0.8  # share of it that trains a quarter, then half of 4 blocks or more
+    shallow: float = "auto"  # share of the budget with a quarter, then half the blocks; 0.8 or 0
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
@@ -209,8 +209,7 @@ CONTROL = bytes([*range(9), *range(14, 28), 127])  # the others are white space
 
 def normalise(text):
     """The paper's normalisation [4.4]: lower case, no accents, ASCII only, white space folded."""
-    # NFD cuts an accent off its letter; split() knows all spaces of Unicode
-    text = " ".join(unicodedata.normalize("NFD", text).split())
+    text = " ".join(unicodedata.normalize("NFD", text).split())  # NFD cuts accents off letters
     text = text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode()
     return " ".join(text.split())
 
@@ -282,14 +281,15 @@ def rotate(x, rotation):
 
 def neighbour_bias(cfg, layer, rotation):
     """(2, heads, 1, D): what a block starts out adding to q and k, before they are turned. A score
-    is largest where both end at one angle: k turned ahead by d positions looks d to the left, q so
-    turned d to the right. Head by head: 1 left, 1 right, 2 left, ... 4 right, 1 left, ..."""
-    head = layer * cfg.heads + torch.arange(cfg.heads)  # counted through all layers
-    plain = torch.zeros(cfg.heads, 1, cfg.width // cfg.heads)
-    plain[..., :8] = 2.0  # the fastest pairs, which tell neighbours apart
-    turned = rotate(plain, rotation[:, head // 2 % 4 + 1, None])
-    left = torch.stack((plain, turned))  # q, k: the other way round a head looks right
-    return torch.where((head % 2 == 0)[:, None, None], left, left.flip(0))
+    is largest where both end at one angle: so k turned ahead by d positions looks d to the left."""
+    bias = torch.zeros(2, cfg.heads, 1, cfg.width // cfg.heads)
+    bias[..., :8] = 2.0  # the fastest pairs, which tell neighbours apart
+    for i in range(cfg.heads):
+        head = layer * cfg.heads + i  # counted through all layers
+        distance = head // 2 % 4 + 1  # 1 1 2 2 3 3 4 4 1 ...
+        part = 1 if head % 2 == 0 else 0  # k, to look left; q, to look right
+        bias[part, i] = rotate(bias[part, i], rotation[:, distance])
+    return bias
 
 
 class Block(nn.Module):
@@ -502,15 +502,19 @@ def depth_at(p, cfg):
     return cfg.layers // 4 if p < cfg.shallow / 2 else cfg.layers // 2
 
 
-def auto_batch(amount, unit, flops_per_token, machine_rate, cfg):
-    """Rows for the tokens that the budget will buy: the paper's 8192 for 1e10, fewer for fewer."""
-    if unit == "steps":  # the tokens follow from the batch, so it cannot follow from them
-        return 32
-    if unit == "seconds":
-        amount *= 0.3 * machine_rate  # FLOPs at an MFU of 30%: near enough for a power of two
-    tokens = amount if unit == "tokens" else amount / flops_per_token
-    rows = 2 ** round(13 + math.log2(tokens / 1e10))
-    return min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8))
+def plan(cfg, amount, unit, model, machine_rate):
+    """Chooses batch_size and shallow, where auto, by the tokens that the budget will buy."""
+    tokens = amount
+    if unit == "steps":
+        fill_in(cfg, batch_size=32)  # the tokens follow from it, so it cannot follow from them
+        tokens *= cfg.batch_size * model.seq_len
+    elif unit != "tokens":  # seconds at an MFU of 30%: near enough for a power of two
+        flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
+        tokens = flops / model.flops_per_token()
+    rows = 2 ** round(13 + math.log2(tokens / 1e10))  # the paper's 8192 for 1e10, fewer for fewer
+    fill_in(cfg, batch_size=min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8)))
+    weights = sum(p.numel() for p in model.parameters())
+    fill_in(cfg, shallow=0.8 if tokens < 3 * weights else 0.0)  # in a long run it does harm
 
 
 # ---- The machine ---------------------------------------------------------------------------------
@@ -708,14 +712,6 @@ def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
     show(f"[{'#' * int(p * 20):20}] {text}")
 
 
-def describe(cfg, meta, machine, machine_rate):
-    """Prints what will be trained, on what, and for how long."""
-    say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
-    say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
-    say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
-    say(f"budget   {cfg.budget}: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows")
-
-
 # ---- Training ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, rows, depth, device, autocast):
@@ -780,7 +776,7 @@ def train(given):
             part.load_state_dict(state[name] or part.state_dict())  # fp16's scaler may be new
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     (machine_rate,) = agree([matmul_rate(device, dtype) * world], world)  # FLOP/s
-    fill_in(cfg, batch_size=auto_batch(amount, unit, model.flops_per_token(), machine_rate, cfg))
+    plan(cfg, amount, unit, model, machine_rate)
     if world > min(8, cfg.batch_size):
         fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
@@ -799,7 +795,11 @@ def train(given):
         number = getattr(signal, name)
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: signals.append(number))
-    describe(cfg, meta, f"{world} x {device.type}, {dtype}", machine_rate)
+    machine = f"{world} x {device.type}, {dtype}"
+    say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
+    say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
+    say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
+    say(f"budget   {cfg.budget}: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows")
 
     while True:
         # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps,
