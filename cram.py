@@ -2,12 +2,10 @@
 
     python cram.py                                # prepares a small corpus, trains for 5 minutes
     python cram.py --data data/c4 --budget 24h    # the real thing: one GPU, one day
-    python cram.py --resume --out out/cram        # goes on after a power cut
     python cram.py fill out/cram "raises an [MASK] if it fails."
 
 The model reads rows of tokens, some of them hidden, and learns to name what was there.
-Rules and recipes: "Cramming: Training a Language Model on a Single GPU in One Day" (Geiping &
-Goldstein, arXiv 2212.14034), "the paper" below; [4.2] is its section 4.2.
+The recipe is that of Geiping & Goldstein, arXiv 2212.14034: "the paper"; [4.2] is its section 4.2.
 """
 
 import argparse
@@ -44,7 +42,6 @@ SIZES = {  # layers, width; heads are 64 wide, the feed-forward is 4 times as wi
 
 @dataclass
 class Config:
-    # where, and how long
     data: str = "data/docs"  # folder made by prepare_data.py
     out: str = "out/cram"  # folder for checkpoint.pt, log.csv and curve.svg
     budget: str = "5m"  # 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops [2]
@@ -73,7 +70,7 @@ class Config:
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = "auto"  # share of the budget with a quarter, then half the blocks; 0.8 or 0
+    shallow: float = "auto"  # share with a quarter, then half of 4 or more blocks; auto: 0.8 or 0
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
@@ -508,13 +505,14 @@ def plan(cfg, amount, unit, model, machine_rate):
     if unit == "steps":
         fill_in(cfg, batch_size=32)  # the tokens follow from it, so it cannot follow from them
         tokens *= cfg.batch_size * model.seq_len
-    elif unit != "tokens":  # seconds at an MFU of 30%: near enough for a power of two
+    elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
+        weights = sum(p.numel() for p in model.blocks.parameters())
+        fill_in(cfg, shallow=0.8 if tokens < 8 * weights else 0.0)  # with more it does harm
     rows = 2 ** round(13 + math.log2(tokens / 1e10))  # the paper's 8192 for 1e10, fewer for fewer
-    fill_in(cfg, batch_size=min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8)))
-    weights = sum(p.numel() for p in model.parameters())
-    fill_in(cfg, shallow=0.8 if tokens < 3 * weights else 0.0)  # in a long run it does harm
+    rows = min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8))
+    fill_in(cfg, batch_size=rows, shallow=0.0)  # of counted tokens few blocks buy no more
 
 
 # ---- The machine ---------------------------------------------------------------------------------
@@ -800,6 +798,8 @@ def train(given):
     say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
     say(f"budget   {cfg.budget}: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows")
+    if depth_at(0, cfg) < cfg.layers:
+        say(f"blocks   a quarter, then half until {cfg.shallow:.0%} of the budget, then all")
 
     while True:
         # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps,

@@ -728,12 +728,12 @@ def test_the_budget_chooses_batch_and_blocks():
         cram.plan(cfg, *cram.parse_budget(budget), model, rate)
         return cfg.batch_size, cfg.shallow
 
-    assert chosen("24h") == chosen("1440m") == chosen("10Gtokens") == (8192, 0)
-    assert chosen(f"{1e9 * flops}flops") == (1024, 0)
-    assert chosen("86.4s") == chosen("1Mtokens") == (16, 0.8)
-    assert chosen("1Mtokens", recipe="cram") == (8, 0)
-    assert chosen("0.1ksteps") == (32, 0.8) and chosen("1Msteps") == (32, 0)
-    assert chosen("100ksteps", batch_size=64, shallow=0.5) == (64, 0.5)
+    assert chosen("24h") == chosen("1440m") == chosen("10Btokens") == (8192, 0)
+    assert chosen("86.4s") == chosen(f"{1e4 * flops}kflops") == (16, 0.8)
+    assert chosen("0.01Gtokens") == (16, 0) and chosen("10Mtokens", recipe="cram") == (8, 0)
+    assert chosen("9steps") == (32, 0) and chosen("24h", shallow=0.5) == (8192, 0.5)
+    weights = 94_371_840 * flops  # of the blocks of base, at the price of a token
+    assert [chosen(f"{n * weights}flops")[1] for n in (7.9, 8.1)] == [0.8, 0]
 
 
 def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
