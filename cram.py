@@ -509,7 +509,7 @@ def plan(cfg, amount, unit, model, machine_rate):
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
         weights = sum(p.numel() for p in model.blocks.parameters())
-        fill_in(cfg, shallow=0.8 if tokens < 8 * weights else 0.0)  # with more it does harm
+        fill_in(cfg, shallow=0.8 if tokens < 8 * weights else 0.0)  # with many it does harm
     rows = 2 ** round(13 + math.log2(tokens / 1e10))  # the paper's 8192 for 1e10, fewer for fewer
     rows = min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8))
     fill_in(cfg, batch_size=rows, shallow=0.0)  # of counted tokens few blocks buy no more
