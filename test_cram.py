@@ -521,9 +521,8 @@ def reference_logits(w, tokens, cfg, keep):
 
     def turned(x):  # rotary positions: pairs as complex numbers, times e^(i angle)
         a, b = x.chunk(2, dim=2)
-        angle = torch.outer(
-            torch.arange(S), 10000.0 ** (-torch.arange(0, W / heads, 2) * heads / W)
-        )
+        speed = 10000.0 ** (-torch.arange(0, W / heads, 2) * heads / W)
+        angle = torch.outer(torch.arange(S), speed)
         z = torch.complex(a, b) * torch.exp(1j * angle.double())
         return torch.cat((z.real, z.imag), 2)
 
@@ -681,9 +680,8 @@ def test_only_matrices_decay_and_muon_takes_those_of_the_blocks():
     model, cfg = small_model(recipe="modern")
     optimizers = cram.make_optimizers(model, cfg, "fp32")
     assert [len(group["params"]) for group in optimizers["adamw"].param_groups] == [1, 8]
-    assert set(optimizers["muon"].param_groups[0]["params"]) == {
-        p for p in model.blocks.parameters() if p.ndim == 2
-    }
+    matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
+    assert set(optimizers["muon"].param_groups[0]["params"]) == matrices
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -716,8 +714,10 @@ def test_schedule_and_ramp_are_the_papers():
     assert rates == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
 
 
-def test_the_budget_chooses_batch_and_blocks():
-    """The paper's batch for a day, smaller for less. Few blocks first only in a short run."""
+def test_budgets_are_understood_and_choose_batch_and_blocks():
+    budgets = {"90s": (90, "seconds"), "1.5h": (5400, "seconds"), "2ksteps": (2000, "steps")}
+    budgets |= {"50Mtokens": (5e7, "tokens"), "1e15flops": (1e15, "flops")}
+    assert {text: cram.parse_budget(text) for text in budgets} == budgets
     with torch.device("meta"):
         model = cram.Model(cram.make_config({"size": "base"}), 32768, 128)
     flops = model.flops_per_token()
@@ -729,8 +729,8 @@ def test_the_budget_chooses_batch_and_blocks():
         return cfg.batch_size, cfg.shallow
 
     assert chosen("24h") == chosen("1440m") == chosen("10Btokens") == (8192, 0)
-    assert chosen("86.4s") == chosen(f"{1e4 * flops}kflops") == (16, 0.8)
-    assert chosen("0.01Gtokens") == (16, 0) and chosen("10Mtokens", recipe="cram") == (8, 0)
+    assert chosen(f"{1e9 * flops}flops") == (1024, 0) and chosen("86.4s") == (16, 0.8)
+    assert chosen("0.01Gtokens") == (16, 0) and chosen("1Mtokens", recipe="cram") == (8, 0)
     assert chosen("9steps") == (32, 0) and chosen("24h", shallow=0.5) == (8192, 0.5)
     weights = 94_371_840 * flops  # of the blocks of base, at the price of a token
     assert [chosen(f"{n * weights}flops")[1] for n in (7.9, 8.1)] == [0.8, 0]
@@ -790,6 +790,7 @@ def test_the_first_blocks_train_alone_until_shallow(tmp_path, data):
     assert model.blocks[3].ffn_out.weight.abs().max() > 0
     out = run_cram(data, tmp_path / "half", "40steps", *flags[:2], "--shallow", "0.99")
     assert cram.load_checkpoint(out)["muon"]["state"].keys() == set(range(8))
+    assert cram.load_model(out)[0].blocks[1].ffn_out.weight.abs().max() > 0
 
 
 def test_rows_are_read_in_order_or_shuffled(tmp_path, data, monkeypatch):
@@ -817,10 +818,8 @@ def test_rows_are_read_in_order_or_shuffled(tmp_path, data, monkeypatch):
 def test_training_beats_the_unigram_line(trained, data):
     unigram = cram.load_data(data)[0]["unigram_nats"]
     rows = log_of(trained)
-    assert list(rows[0]) == (
-        "step seconds progress tokens exaflops lr batch_rows train_loss val_loss grad_norm "
-        "tokens_per_s mfu"
-    ).split(" ")
+    names = "step seconds progress tokens exaflops lr batch_rows train_loss val_loss grad_norm"
+    assert list(rows[0]) == [*names.split(" "), "tokens_per_s", "mfu"]
     assert float(rows[0]["val_loss"]) == pytest.approx(unigram, abs=0.1)  # the decoder's bias
     assert float(rows[-1]["val_loss"]) < unigram - 1.5
     assert (rows[-1]["step"], float(rows[-1]["lr"])) == ("300", 0)
@@ -831,8 +830,7 @@ def test_training_beats_the_unigram_line(trained, data):
 def test_fp16_scales_its_loss(tmp_path, data, capsys):
     """The first scales are too large for the gradient: those steps are left out."""
     out = run_cram(data, tmp_path, "12steps", "--dtype", "fp16", "--unigram_bias", "false")
-    state = cram.load_checkpoint(out)
-    assert 1 < state["scaler"]["scale"] <= 65536
+    assert 1 < cram.load_checkpoint(out)["scaler"]["scale"] <= 65536
     assert float(log_of(out)[-1]["val_loss"]) < 5.5
 
 
@@ -876,10 +874,8 @@ def assert_equal_runs(a, b):
 def start_cram(*words, python=()):
     """A cram.py of its own, on one thread."""
     words = [sys.executable, *python, HERE / "cram.py", *(str(word) for word in words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ONE_THREAD}
+    return subprocess.Popen(words, text=True, **pipes)
 
 
 def wait_for_rows(process, out, count):
@@ -1095,6 +1091,7 @@ def test_python_cram_py_alone_prepares_the_docs(tmp_path, monkeypatch, data):
 # ---- Every mistake is a sentence -----------------------------------------------------------------
 MISTAKES = [
     ("--lr fast", "--lr: got 'fast', expected float from 0 to 1e+09 (-h lists all flags)"),
+    ("--mask_rate 1.5", "expected float from 0 to 1"),
     ("--dropout nan", "expected float from 0 to 1"),
     ("--compile maybe", "got 'maybe', expected true or false"),
     ("--size huge", "got 'huge', expected auto or tiny or mini"),
@@ -1589,6 +1586,9 @@ def test_messages_about_files(tmp_path, run):
 
 FLAGS = [  # flags after --checkpoint, words of the sentence
     (". --tasks cola,mnnli", "--tasks is 'cola,mnnli': expected all, or some of cola,sst2,"),
+    (". --tasks ,", "--tasks is ',': expected all"),
+    (". --seeds 0", "argument --seeds: got '0', expected"),
+    (". --lr 0", "argument --lr: got '0', expected"),
     (". --glue_dir /dev/null", "/dev/null"),
     ("none --like nowhere", "checkpoint.pt does not exist"),
 ]
