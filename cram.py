@@ -33,6 +33,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 # ---- Settings ------------------------------------------------------------------------------------
 SIZES = {  # layers, width; heads are 64 wide, the feed-forward is 4 times as wide as the model
@@ -68,6 +69,7 @@ class Config:
     norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
+    copying: bool = True  # then two heads of the second block start out where it stood before
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
     shallow: float = "auto"  # share with a quarter, then half of 4 or more blocks; auto: 0.8 or 0
@@ -90,9 +92,9 @@ class Config:
 RECIPES = {  # what differs from the defaults above
     "modern": {},
     "cram": {
-        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "neighbours": False,
-        "unigram_bias": False, "shallow": 0.0, "mask_rate": 0.25, "optimizer": "adamw",
-        "lr_start": 0.25, "warmup": 0.75, "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
+        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "unigram_bias": False,
+        "shallow": 0.0, "mask_rate": 0.25, "optimizer": "adamw", "lr_start": 0.25,
+        "warmup": 0.75, "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
     },
     "bert": {
         "norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True,
@@ -125,11 +127,8 @@ def parse_flags(cls, argv, description, limits):
         if f.type is bool:
             how |= {"nargs": "?", "const": True}  # --resume alone means true
         elif f.type is list:
-            how |= {"nargs": "+"}
+            how |= {"nargs": "+", "action": "extend"}
         parser.add_argument(f"--{f.name}", **how)
-    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    if len(names) > len(set(names)):
-        fail(f"{max(names, key=names.count)} is given twice: give it once, with all its values")
     return vars(parser.parse_args(argv))
 
 
@@ -176,16 +175,12 @@ def fill_in(cfg, **values):
             setattr(cfg, name, value)
 
 
-def prepare_output():
-    """Prints what a terminal cannot encode as a \\xNN, instead of raising."""
-    if sys.stdout:  # None: closed by the shell, with >&-
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def say(text="", end="\n"):
     """Prints at once. It never raises: what a closed pipe or a full disk refuses is lost."""
     try:
         print("\r\033[K" + text if os.isatty(1) else text, end=end, flush=True)
+    except UnicodeError:  # a terminal that cannot show a letter
+        say(text.encode("ascii", "backslashreplace").decode(), end)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -289,6 +284,24 @@ def neighbour_bias(cfg, layer, rotation):
     return bias
 
 
+@torch.no_grad()
+def start_copying(cfg, embedding, first, second):
+    """Two heads of the second block start out looking where the left (or right) neighbour is the
+    same: what stands there may be what is hidden here. Else training finds that late, if at all."""
+    size = cfg.width // cfg.heads
+    n = size // 4 * 2  # numbers that tell of a neighbour
+    compared = second.qkv.weight.view(3, cfg.heads, size, cfg.width)[:2]  # by q and by k
+    slow = torch.arange(size).view(2, -1)[:, size // 2 - n // 2 :].flatten()  # pairs, hardly turned
+    for head in range(min(2, cfg.heads // 2)):  # of the first block: 0 looks left, 1 looks right
+        first.qk_bias[:, head] *= 4  # at nothing else
+        place = torch.arange(head * n, head * n + n)
+        embedding.weight[:, place] = 0  # makes room for what it finds, brought to a size of 2
+        first.attn_out.weight[place, head * size + torch.arange(n)] = 100 * cfg.width**-0.5
+        compared[:, head] = 0
+        compared[:, head, slow, place] = 2.0
+        second.qk_bias[1, head] = -second.qk_bias[0, head]  # it does not look at itself
+
+
 class Block(nn.Module):
     """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
 
@@ -384,6 +397,9 @@ class Model(nn.Module):
             elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
 
+        if cfg.copying and cfg.neighbours and cfg.layers >= 4:  # fewer need their heads for more
+            start_copying(cfg, self.embedding, *self.blocks[:2])
+
     def encode(self, tokens, mask=None, depth=None):
         """tokens (B, S) -> (B, S, W); mask (B, S): false at padding; depth: None for all blocks."""
         x = self.embedding(tokens)
@@ -425,9 +441,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for p in group["params"]:
-            if p.grad is None:  # of a block that is not in use yet
-                continue
+        used = [p for p in group["params"] if p.grad is not None]  # not in blocks that come later
+        for p in used:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             ahead = p.grad.lerp(momentum, 0.95)  # Nesterov's momentum
@@ -537,21 +552,16 @@ def choose_device(cfg):
     if device.type == "cuda":
         return device, "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     able = torch.cpu.get_capabilities()
-    if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")):
-        return device, "bf16"
-    return device, "fp32"
+    fast = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device, "bf16" if fast else "fp32"
 
 
 def matmul_rate(device, dtype):
     """FLOP/s of a large matrix product here, measured: what the MFU is a share of."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-    (a @ a)[0, 0].item()  # warms up; item() waits until it is done
-    start, products = time.monotonic(), 0
-    while time.monotonic() < start + 0.2:
-        (a @ a)[0, 0].item()
-        products += 1
-    return products * 2 * n**3 / (time.monotonic() - start)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
 
 
 def fit(model, cfg, device, autocast):
@@ -673,19 +683,6 @@ def begin(given):
     return Config(**saved | {name: given[name] for name in given.keys() & may_change}), state
 
 
-def load_or_prepare(cfg, state, rank, world):
-    """load_data; prepares the embedded corpus if it is asked for and not there yet."""
-    if rank == 0 and cfg.data == Config.data and not Path(cfg.data).exists():
-        say(f"{cfg.data} is not there yet: preparing the embedded corpus")
-        if run_script("prepare_data.py", "--out", cfg.data):
-            raise SystemExit(1)  # it has said why
-    agree([0], world)  # the other processes wait for the first
-    meta, train_rows, val_rows = load_data(cfg.data)
-    if state and state["meta"]["files"] != meta["files"]:
-        fail(f"{cfg.data} is not the data of this run: name its folder with --data")
-    return meta, train_rows, val_rows
-
-
 def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
     """Writes a row of log.csv and prints its numbers. before: the Run at the row before it."""
     p, seconds = run.progress, max(run.seconds - before.seconds, 1e-9)
@@ -749,7 +746,14 @@ def train(given):
     cfg, state = begin(given)  # state: of the run that is resumed, or None
     device, dtype = choose_device(cfg)
     rank, world = join_processes()
-    meta, train_rows, val_rows = load_or_prepare(cfg, state, rank, world)
+    if rank == 0 and cfg.data == Config.data and not Path(cfg.data).exists():
+        say(f"{cfg.data} is not there yet: preparing the embedded corpus")
+        if run_script("prepare_data.py", "--out", cfg.data):
+            raise SystemExit(1)  # it has said why
+    agree([0], world)  # the other processes wait for the first
+    meta, train_rows, val_rows = load_data(cfg.data)
+    if state and state["meta"]["files"] != meta["files"]:
+        fail(f"{cfg.data} is not the data of this run: name its folder with --data")
     vocab_size, seq_len = meta["vocab_size"], meta["seq_len"]
     amount, unit = parse_budget(cfg.budget)
     path = Path(cfg.out) / "checkpoint.pt"
@@ -793,13 +797,10 @@ def train(given):
         number = getattr(signal, name)
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: signals.append(number))
-    machine = f"{world} x {device.type}, {dtype}"
     say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
-    say(f"machine  {machine}, {machine_rate / 1e9:.0f} GFLOP/s in a large matrix product")
+    say(f"machine  {world} x {device.type}, {dtype}, {machine_rate / 1e9:.0f} GFLOP/s measured")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
-    say(f"budget   {cfg.budget}: learning rate {cfg.lr:.2g}, batch of {cfg.batch_size} rows")
-    if depth_at(0, cfg) < cfg.layers:
-        say(f"blocks   a quarter, then half until {cfg.shallow:.0%} of the budget, then all")
+    say(f"budget   {cfg.budget}: lr {cfg.lr:.2g}, batch {cfg.batch_size}, shallow {cfg.shallow:g}")
 
     while True:
         # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps,
@@ -877,7 +878,6 @@ def load_model(folder, **overrides):
 
 
 def main(argv):
-    prepare_output()
     command, *rest = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     try:
         if command == "train":

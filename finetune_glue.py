@@ -475,7 +475,6 @@ def score_all(options, file):
 
 
 def main(argv):
-    cram.prepare_output()
     options = Options(**cram.parse_flags(Options, argv, __doc__, {"lr": (1e-9, 10)}))
     # Where the weights, or the shape of random ones, come from: a folder, or the file itself.
     file = Path(options.like if options.checkpoint == "none" else options.checkpoint)

@@ -490,7 +490,6 @@ def begin(target):
 
 
 def main(argv):
-    cram.prepare_output()
     options = Options(**cram.parse_flags(Options, argv, __doc__, LIMITS))
     first, *others = options.source
     if others and {"docs", "c4"} & set(options.source):  # they are words, not paths

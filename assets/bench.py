@@ -95,7 +95,6 @@ def bench(given):
 
 
 def main(argv):
-    cram.prepare_output()
     limits = dict.fromkeys(cram.SHARES, (0, 1))
     try:
         bench(cram.parse_flags(cram.Config, argv, __doc__, limits))

@@ -281,7 +281,6 @@ def best_words(answers, tokenizer):
 
 
 def main(argv):
-    cram.prepare_output()
     if importlib.util.find_spec("transformers") is None:
         cram.say("skipped: pip install transformers, and the export is checked against it")
         return

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cram import SPECIALS, fail, load_model, prepare_output, say, write_whole
+from cram import SPECIALS, fail, load_model, say, write_whole
 
 MODERN, BERT = "ModernBertForMaskedLM", "BertForMaskedLM"
 STOCK = {  # the shapes that a class of transformers has
@@ -315,7 +315,6 @@ def export(out, folder):
 
 
 def main(argv):
-    prepare_output()
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         fail("expected two folders: python cram.py export out/cram out/cram-hf")
     try:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cram import SPECIALS, fail, load_model, normalise, prepare_output, say
+from cram import SPECIALS, fail, load_model, normalise, say
 
 
 @torch.no_grad()
@@ -51,7 +51,6 @@ def readable(token):
 
 
 def main(argv):
-    prepare_output()
     if argv in (["-h"], ["--help"]):
         say(__doc__)
         return

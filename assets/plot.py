@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where cram.py is
 
-from cram import fail, load_checkpoint, parse_flags, prepare_output, say, write_whole
+from cram import fail, load_checkpoint, parse_flags, say, write_whole
 
 
 @dataclass
@@ -246,7 +246,6 @@ def plot(outs, ask):
 
 def main(argv):
     """The words before the first flag are the runs."""
-    prepare_output()
     runs = [word.startswith("-") for word in [*argv, "-"]].index(True)  # how many they are
     outs, flags = argv[:runs], argv[runs:]
     try:

@@ -16,7 +16,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where cram.py is
 
 from assets.plot import COLOURS, draw
-from cram import fail, parse_flags, prepare_output, say
+from cram import fail, parse_flags, say
 
 
 @dataclass
@@ -65,7 +65,6 @@ def plot(ask):
 
 
 def main(argv):
-    prepare_output()
     ask = Plot(**parse_flags(Plot, argv, __doc__, {}))
     try:
         say(plot(ask))
