@@ -69,7 +69,7 @@ class Config:
     norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
-    copying: bool = True  # then two heads of the second block start out where it stood before
+    copying: bool = True  # and where its neighbour stood before: two heads, of 4 or more blocks
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
     shallow: float = "auto"  # share with a quarter, then half of 4 or more blocks; auto: 0.8 or 0
@@ -92,9 +92,9 @@ class Config:
 RECIPES = {  # what differs from the defaults above
     "modern": {},
     "cram": {
-        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "unigram_bias": False,
-        "shallow": 0.0, "mask_rate": 0.25, "optimizer": "adamw", "lr_start": 0.25,
-        "warmup": 0.75, "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
+        "positions": "sinusoidal", "norm_bias": True, "zero_init": False, "neighbours": False,
+        "unigram_bias": False, "shallow": 0.0, "mask_rate": 0.25, "optimizer": "adamw",
+        "lr_start": 0.25, "warmup": 0.75, "cooldown": 0.25, "batch_ramp": 0.6, "shuffle": False,
     },
     "bert": {
         "norm": "post", "gated": False, "positions": "learned", "head": True, "linear_bias": True,
@@ -286,20 +286,20 @@ def neighbour_bias(cfg, layer, rotation):
 
 @torch.no_grad()
 def start_copying(cfg, embedding, first, second):
-    """Two heads of the second block start out looking where the left (or right) neighbour is the
-    same: what stands there may be what is hidden here. Else training finds that late, if at all."""
+    """Two heads of the first block note in x which token stands left (or right) of each. Two of the
+    second look for an equal note: what stands there may be what is hidden here (Olsson 2022)."""
     size = cfg.width // cfg.heads
-    n = size // 4 * 2  # numbers that tell of a neighbour
-    compared = second.qkv.weight.view(3, cfg.heads, size, cfg.width)[:2]  # by q and by k
-    slow = torch.arange(size).view(2, -1)[:, size // 2 - n // 2 :].flatten()  # pairs, hardly turned
-    for head in range(min(2, cfg.heads // 2)):  # of the first block: 0 looks left, 1 looks right
-        first.qk_bias[:, head] *= 4  # at nothing else
-        place = torch.arange(head * n, head * n + n)
-        embedding.weight[:, place] = 0  # makes room for what it finds, brought to a size of 2
+    n = size // 4 * 2  # numbers in a note: half a head, and even, to fill whole pairs of rotate
+    compared = second.qkv.weight.view(3, cfg.heads, size, cfg.width)[:2]  # the rows of q and of k
+    slow = torch.arange(size).view(2, -1)[:, size // 2 - n // 2 :].flatten()  # the slowest pairs
+    for head in range(min(2, cfg.heads // 2)):  # 0: left, 1: right; of 2 or 3 heads only 0
+        first.qk_bias[:, head] *= 4  # scores 16 times as large: it looks at its neighbour alone
+        place = torch.arange(head * n, head * n + n)  # of the note in x
+        embedding.weight[:, place] = 0  # empties it; v is about 0.02 * W**0.5, so a note about 2
         first.attn_out.weight[place, head * size + torch.arange(n)] = 100 * cfg.width**-0.5
         compared[:, head] = 0
-        compared[:, head, slow, place] = 2.0
-        second.qk_bias[1, head] = -second.qk_bias[0, head]  # it does not look at itself
+        compared[:, head, slow, place] = 2.0  # q and k are twice the note: equal ones score most
+        second.qk_bias[1, head] = -second.qk_bias[0, head]  # a bit less at itself: it is equal too
 
 
 class Block(nn.Module):
@@ -397,7 +397,7 @@ class Model(nn.Module):
             elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
 
-        if cfg.copying and cfg.neighbours and cfg.layers >= 4:  # fewer need their heads for more
+        if cfg.copying and cfg.neighbours and cfg.layers >= 4 and cfg.width >= 32 * cfg.heads:
             start_copying(cfg, self.embedding, *self.blocks[:2])
 
     def encode(self, tokens, mask=None, depth=None):
@@ -441,7 +441,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        used = [p for p in group["params"] if p.grad is not None]  # not in blocks that come later
+        used = [p for p in group["params"] if p.grad is not None]  # later blocks have none
         for p in used:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
@@ -524,7 +524,7 @@ def plan(cfg, amount, unit, model, machine_rate):
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
         weights = sum(p.numel() for p in model.blocks.parameters())
-        fill_in(cfg, shallow=0.8 if tokens < 8 * weights else 0.0)  # with many it does harm
+        fill_in(cfg, shallow=0.8 if cfg.layers >= 4 and tokens < 8 * weights else 0.0)
     rows = 2 ** round(13 + math.log2(tokens / 1e10))  # the paper's 8192 for 1e10, fewer for fewer
     rows = min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8))
     fill_in(cfg, batch_size=rows, shallow=0.0)  # of counted tokens few blocks buy no more
@@ -675,7 +675,7 @@ def begin(given):
             fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
         return make_config(given), None
     state = load_checkpoint(out)
-    saved = state["config"] | {"out": out}  # the folder may have been moved
+    saved = {"copying": False} | state["config"] | {"out": out}  # older runs; it may have moved
     may_change = {"data", "resume", "device", "dtype", "compile", "micro_batch"}
     for name in given.keys() - may_change - {"out"}:
         if given[name] not in (saved[name], "auto"):
@@ -798,7 +798,7 @@ def train(given):
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: signals.append(number))
     say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
-    say(f"machine  {world} x {device.type}, {dtype}, {machine_rate / 1e9:.0f} GFLOP/s measured")
+    say(f"machine  {world} x {device.type}, {dtype}, {machine_rate / 1e9:.0f} GFLOP/s (matmul)")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
     say(f"budget   {cfg.budget}: lr {cfg.lr:.2g}, batch {cfg.batch_size}, shallow {cfg.shallow:g}")
 
