@@ -413,7 +413,8 @@ def test_hostile_input_is_refused(tmp_path, monkeypatch, name, content, expected
 
 
 def test_advice_works_when_it_is_followed(tmp_path, source):
-    assert "docs and c4 stand alone" in message(prepare_data.main, ["--source", "docs", "x.txt"])
+    words = ["--source", "docs", "--source", "x.txt"]
+    assert "docs and c4 stand alone" in message(prepare_data.main, words)
     text = message(prepare_data.main, words_for(source, tmp_path / "d", vocab_size=5000))
     most = re.search(r"enough for --vocab_size (\d+)", text)[1]
     text = message(prepare_data.main, words_for(source, tmp_path / "d", filter=0.01))
@@ -1156,8 +1157,7 @@ def test_metrics_by_hand():
     assert accuracy(predicted, true) == pytest.approx(5 / 6)
     assert f1(predicted, true) == pytest.approx(4 / 5)  # precision 2 / 3, recall 2 / 2
     assert matthews(predicted, true) == pytest.approx(2 * 3 / math.sqrt(3 * 2 * 3 * 4))
-    # Deviations (-1, 0, 1) and (-2, 1, 1).
-    assert pearson([1, 2, 3], [0, 3, 3]) == pytest.approx(3 / math.sqrt(12))
+    assert pearson([1, 2, 3], [0, 3, 3]) == pytest.approx(3 / math.sqrt(12))  # of -1 0 1, -2 1 1
 
 
 def correlation(x, y):
