@@ -675,7 +675,7 @@ def begin(given):
             fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
         return make_config(given), None
     state = load_checkpoint(out)
-    saved = {"copying": False} | state["config"] | {"out": out}  # older runs; it may have moved
+    saved = {"copying": False} | state["config"] | {"out": out}  # older runs; the folder may move
     may_change = {"data", "resume", "device", "dtype", "compile", "micro_batch"}
     for name in given.keys() - may_change - {"out"}:
         if given[name] not in (saved[name], "auto"):

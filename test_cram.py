@@ -611,10 +611,10 @@ def test_heads_start_out_at_a_neighbour_and_copying():
     assert found.tolist() == [[True, True, False], [True, False, True]]  # head 0: left, 1: right
     for block in model.blocks:
         torch.nn.init.zeros_(block.qkv.weight)  # the others do so whatever the tokens are
-    reference_logits(model.state_dict(), tokens, cfg, no_dropout, looks)
-    others = torch.cat(looks[4:])[[0, 1, 2, 3, 6, 7, 8, 9], 40]
-    assert (others.argmax(1) - 40).tolist() == [-1, 1, -2, 2, -4, 4, -1, 1]
-    assert (others.amax(1) > 0.2).all()  # a start, not a rule
+    reference_logits(model.state_dict(), tokens[:20], cfg, no_dropout, looks)
+    others = torch.cat(looks[4:])[[*range(4), *range(6, 16)], 10]
+    assert (others.argmax(1) - 10).tolist() == [-1, 1, -2, 2, -4, 4, -1, 1, -2, 2, -3, 3, -4, 4]
+    assert (others.amax(1) > 0.35).all()  # a start, not a rule
 
 
 @pytest.mark.parametrize("recipe", ["bert", "cram", "modern"])
