@@ -154,8 +154,7 @@ def convert(f, limits, word):
 def make_config(given):
     """A checked Config: what was typed wins over the recipe, the recipe over the defaults."""
     cfg = Config(**RECIPES[given.get("recipe", Config.recipe)] | given)
-    if cfg.size == "auto":
-        cfg.size = "base" if choose_device(cfg)[0].type == "cuda" else "tiny"
+    fill_in(cfg, size="base" if choose_device(cfg)[0].type == "cuda" else "tiny")
     layers, width = SIZES[cfg.size]
     if cfg.recipe == "bert" and cfg.size == "base":
         layers = 12
@@ -196,14 +195,13 @@ DATA_FORMAT = 2  # of meta.json
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # the top end of the vocabulary, in this order
 # What may become a token: words, digits, other characters, with the space before; all bounded.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?[a-z]{1,32}| ?[0-9]{1,3}| ?[^ a-z0-9]{1,32}| +"""
-CONTROL = bytes([*range(9), *range(14, 28), 127])  # the others are white space
 
 
 def normalise(text):
     """The paper's normalisation [4.4]: lower case, no accents, ASCII only, white space folded."""
     text = " ".join(unicodedata.normalize("NFD", text).split())  # NFD cuts accents off letters
-    text = text.lower().encode("ascii", "ignore").translate(None, CONTROL).decode()
-    return " ".join(text.split())
+    text = text.lower().encode("ascii", "ignore").decode()
+    return " ".join(re.sub("[^ -~]", "", text).split())  # what can be printed
 
 
 def load_tokenizer(text, pattern):
@@ -319,8 +317,8 @@ class Block(nn.Module):
         if cfg.neighbours:
             self.qk_bias = nn.Parameter(neighbour_bias(cfg, layer, rotation))
 
-    def attention(self, x, mask, rotation):
-        """x (B, S, W) -> (B, S, W); mask: None or (B, 1, 1, S), true where it may look."""
+    def attention(self, x, mask, rotation, where=None):
+        """x (B, S, W) -> (B, S, W) or, at `where`, (B, K, W); mask (B, 1, 1, S): where it may look."""
         B, S, W = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.cfg.heads, W // self.cfg.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D)
@@ -330,6 +328,8 @@ class Block(nn.Module):
         if self.cfg.positions == "rotary":
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
+        if where is not None:
+            q = q.take_along_dim(where[:, None, :, None], 2)  # (B, heads, K, D)
         dropout = self.cfg.dropout if self.training else 0.0
         if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S): not causal
@@ -338,7 +338,7 @@ class Block(nn.Module):
             y = F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
         else:  # the same, in one kernel
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.dropout(self.attn_out(y.transpose(1, 2).reshape(B, S, W)))
+        return self.dropout(self.attn_out(y.transpose(1, 2).reshape(B, -1, W)))
 
     def feed_forward(self, x):
         """x (B, S, W) -> (B, S, W)."""
@@ -350,12 +350,14 @@ class Block(nn.Module):
             x = F.gelu(x)
         return self.dropout(self.ffn_out(x))
 
-    def forward(self, x, mask, rotation):
-        if self.cfg.norm == "pre":  # stable at higher learning rates [4.2]
-            x = x + self.attention(self.attn_norm(x), mask, rotation)
-            return x + self.feed_forward(self.ffn_norm(x))
-        x = self.attn_norm(x + self.attention(x, mask, rotation))
-        return self.ffn_norm(x + self.feed_forward(x))
+    def forward(self, x, mask, rotation, where=None):
+        pre = self.cfg.norm == "pre"  # stable at higher learning rates [4.2]
+        y = self.attention(self.attn_norm(x) if pre else x, mask, rotation, where)
+        if where is not None:
+            x = x.take_along_dim(where[:, :, None], 1)  # (B, K, W)
+        x = x + y if pre else self.attn_norm(x + y)
+        y = self.feed_forward(self.ffn_norm(x) if pre else x)
+        return x + y if pre else self.ffn_norm(x + y)
 
 
 class Model(nn.Module):
@@ -396,26 +398,25 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
-
         if cfg.copying and cfg.neighbours and cfg.layers >= 4 and cfg.width >= 32 * cfg.heads:
             start_copying(cfg, self.embedding, *self.blocks[:2])
 
-    def encode(self, tokens, mask=None, depth=None):
-        """tokens (B, S) -> (B, S, W); mask (B, S): false at padding; depth: None for all blocks."""
+    def encode(self, tokens, mask=None, depth=None, where=None):
+        """tokens (B, S) -> (B, S, W) or, at `where`, (B, K, W); mask (B, S): false at padding."""
         x = self.embedding(tokens)
         if self.cfg.positions != "rotary":
             x = x + self.position_scale * self.positions[: tokens.shape[1]]
         x = self.dropout(self.embedding_norm(x))
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
-        for block in self.blocks[:depth]:
+        *blocks, last = self.blocks[:depth]
+        for block in blocks:
             x = block(x, mask, self.rotation)
-        return self.final_norm(x)
+        return self.final_norm(last(x, mask, self.rotation, where))
 
     def forward(self, tokens, where, targets=None, depth=None):
         """Logits (B, K, vocab) at the positions `where` (B, K), or their mean loss on `targets`."""
-        x = self.encode(tokens, depth=depth)
-        # Sparse prediction [4.2]: only the masked positions meet the decoder, the largest matrix.
-        x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, W)
+        # Sparse prediction [4.2]: the decoder, and the last block but for k and v, work there alone.
+        x = self.encode(tokens, depth=depth, where=where)  # (B, K, W)
         logits = F.linear(self.head(x), self.embedding.weight, self.decoder_bias)
         if targets is None:
             return logits
@@ -423,11 +424,13 @@ class Model(nn.Module):
 
     def flops_per_token(self, depth=None):
         """To train on a token: 6 (2 forward) a weight that it meets, 12 S W of scores a block."""
-        blocks = self.blocks[:depth]
-        weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
         predicted = mask_counts(self.cfg, self.seq_len)[0] / self.seq_len  # share of the tokens
-        decoder = predicted * self.vocab_size * self.cfg.width
-        return 6 * (weights + decoder) + 12 * len(blocks) * self.cfg.width * self.seq_len
+        decoder = 6 * predicted * self.vocab_size * self.cfg.width
+        weights = [p.numel() for p in self.blocks[0].parameters() if p.ndim == 2]
+        qkv = 6 * self.blocks[0].qkv.weight.numel()
+        rest = 6 * sum(weights) - qkv + 12 * self.seq_len * self.cfg.width
+        blocks = len(self.blocks[:depth])  # in the last one the rest meets only those tokens
+        return blocks * qkv + (blocks - 1 + predicted) * rest + decoder
 
 
 # ---- Optimisers ----------------------------------------------------------------------------------
@@ -519,7 +522,6 @@ def plan(cfg, amount, unit, model, machine_rate):
     tokens = amount
     if unit == "steps":
         fill_in(cfg, batch_size=32)  # the tokens follow from it, so it cannot follow from them
-        tokens *= cfg.batch_size * model.seq_len
     elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
@@ -661,7 +663,6 @@ def save_checkpoint(path, cfg, run, meta, parts):
     """Replaces the checkpoint by one of plain types and tensors."""
     content = {"format": FORMAT, "config": asdict(cfg), "run": asdict(run), "meta": meta}
     content["tokenizer"] = (Path(cfg.data) / "tokenizer.tiktoken").read_text()
-    content["versions"] = f"torch {torch.__version__}, python {sys.version}"
     content |= {name: part.state_dict() for name, part in parts.items()}
     write_whole(path, partial(torch.save, content))
 
@@ -785,9 +786,8 @@ def train(given):
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
-    if cfg.overwrite and not state and rank == 0:
-        log_path.unlink(missing_ok=True)
-    log = open(log_path, "a" if state or rank else "x", buffering=1)  # x: of two runs one fails
+    mode = "w" if cfg.overwrite or rank else "x"  # x: of two runs that start at once one fails
+    log = open(log_path, "a" if state else mode, buffering=1)
     if log.tell() > run.log_size:  # rows from after the save
         log.seek(log.truncate(run.log_size))
     before = replace(run)  # at the last row of the log; after a resume, at the save

@@ -118,8 +118,7 @@ def small_model(vocab_size=50, seq_len=16, **settings):
 
 
 def log_of(out):
-    with open(Path(out) / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
 
 
 def message(call, *args):
@@ -587,17 +586,18 @@ def test_model_equals_a_float64_recomputation(settings, dropout, monkeypatch):
     real = torch.nn.functional.dropout
 
     def noted(x, p=0.5, training=True, inplace=False):
-        factors.append(real(torch.ones_like(x), p, training))
+        factors.append(real(torch.ones_like(x), p, training) if p > 0 else torch.ones(1, 1))
         return x * factors[-1]
 
     monkeypatch.setattr(torch.nn.functional, "dropout", noted)
     tokens = torch.randint(0, 46, (16,))
     model = model.double().train()
-    got = model(tokens[None], torch.arange(16)[None])[0]
+    where = torch.arange(16) if dropout else torch.randperm(16)[:5]  # the last block: there alone
+    got = model(tokens[None], where[None])[0]
     assert len(factors) == 1 + 3 * cfg.layers
     assert any((factor == 0).any() for factor in factors) == (dropout > 0)
     expected = reference_logits(model.state_dict(), tokens, cfg, iter(factors), [])
-    assert (got - expected).abs().max() < 1e-5  # the position table itself is float32
+    assert (got - expected[where]).abs().max() < 1e-5  # the position table itself is float32
 
 
 def test_heads_start_out_at_a_neighbour_and_copying():
@@ -644,10 +644,10 @@ def test_base_is_the_papers_model():
         model = cram.Model(cfg, 32768, 128)
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     assert weights == 16 * (4 * 768 * 768 + 768 * 3072 + 1536 * 768) == 94_371_840
-    flops = 6 * weights + 6 * 0.25 * 32768 * 768 + 12 * 16 * 768 * 128
+    scores, rest = 12 * 768 * 128, 6 * (768 * 768 + 768 * 3072 + 1536 * 768)  # a block
+    flops = 6 * (weights + 0.25 * 32768 * 768) + 16 * scores - 0.75 * (scores + rest)
     assert model.flops_per_token() == flops
-    biases = [name for name, _ in model.named_parameters() if "bias" in name]
-    assert all("norm" in name for name in biases)
+    assert all("norm" in name for name, _ in model.named_parameters() if "bias" in name)
     assert (cfg.heads, cfg.grad_clip, cfg.weight_decay, cfg.dropout) == (12, 0.5, 0.01, 0)
     assert (cfg.lr, cfg.mask_rate, cfg.batch_ramp) == (1e-3, 0.25, 0.6)
 
