@@ -318,7 +318,7 @@ class Block(nn.Module):
             self.qk_bias = nn.Parameter(neighbour_bias(cfg, layer, rotation))
 
     def attention(self, x, mask, rotation, where=None):
-        """x (B, S, W) -> (B, S, W) or, at `where`, (B, K, W); mask (B, 1, 1, S): where it may look."""
+        """x (B, S, W) -> (B, S, W) or, at `where`, (B, K, W); mask (B, 1, 1, S): where to look."""
         B, S, W = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.cfg.heads, W // self.cfg.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D)
@@ -328,11 +328,11 @@ class Block(nn.Module):
         if self.cfg.positions == "rotary":
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
-        if where is not None:
+        if where is not None:  # behind rotate, which counts positions
             q = q.take_along_dim(where[:, None, :, None], 2)  # (B, heads, K, D)
         dropout = self.cfg.dropout if self.training else 0.0
         if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S, S): not causal
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S or K, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
             y = F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
@@ -341,7 +341,7 @@ class Block(nn.Module):
         return self.dropout(self.attn_out(y.transpose(1, 2).reshape(B, -1, W)))
 
     def feed_forward(self, x):
-        """x (B, S, W) -> (B, S, W)."""
+        """x (B, S or K, W) -> the same."""
         x = self.ffn_in(x)
         if self.cfg.gated:  # helps at equal cost, though it halves the width [4.2]
             value, gate = x.chunk(2, dim=-1)
@@ -415,7 +415,7 @@ class Model(nn.Module):
 
     def forward(self, tokens, where, targets=None, depth=None):
         """Logits (B, K, vocab) at the positions `where` (B, K), or their mean loss on `targets`."""
-        # Sparse prediction [4.2]: the decoder, and the last block but for k and v, work there alone.
+        # Sparse prediction [4.2]: the decoder, and most of the last block, work there alone.
         x = self.encode(tokens, depth=depth, where=where)  # (B, K, W)
         logits = F.linear(self.head(x), self.embedding.weight, self.decoder_bias)
         if targets is None:
@@ -426,10 +426,10 @@ class Model(nn.Module):
         """To train on a token: 6 (2 forward) a weight that it meets, 12 S W of scores a block."""
         predicted = mask_counts(self.cfg, self.seq_len)[0] / self.seq_len  # share of the tokens
         decoder = 6 * predicted * self.vocab_size * self.cfg.width
-        weights = [p.numel() for p in self.blocks[0].parameters() if p.ndim == 2]
+        counts = [p.numel() for p in self.blocks[0].parameters() if p.ndim == 2]
         qkv = 6 * self.blocks[0].qkv.weight.numel()
-        rest = 6 * sum(weights) - qkv + 12 * self.seq_len * self.cfg.width
-        blocks = len(self.blocks[:depth])  # in the last one the rest meets only those tokens
+        rest = 6 * sum(counts) - qkv + 12 * self.seq_len * self.cfg.width  # behind qkv
+        blocks = len(self.blocks[:depth])  # the last one does the rest for predicted tokens only
         return blocks * qkv + (blocks - 1 + predicted) * rest + decoder
 
 
@@ -521,7 +521,7 @@ def plan(cfg, amount, unit, model, machine_rate):
     """Chooses batch_size and shallow, where auto, by the tokens that the budget will buy."""
     tokens = amount
     if unit == "steps":
-        fill_in(cfg, batch_size=32)  # the tokens follow from it, so it cannot follow from them
+        fill_in(cfg, batch_size=32)  # tokens follow from it, so it cannot follow from them, below
     elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
@@ -786,7 +786,7 @@ def train(given):
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)
-    mode = "w" if cfg.overwrite or rank else "x"  # x: of two runs that start at once one fails
+    mode = "w" if cfg.overwrite or rank else "x"  # x: of two that start at once one fails
     log = open(log_path, "a" if state else mode, buffering=1)
     if log.tell() > run.log_size:  # rows from after the save
         log.seek(log.truncate(run.log_size))

@@ -592,7 +592,7 @@ def test_model_equals_a_float64_recomputation(settings, dropout, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "dropout", noted)
     tokens = torch.randint(0, 46, (16,))
     model = model.double().train()
-    where = torch.arange(16) if dropout else torch.randperm(16)[:5]  # the last block: there alone
+    where = torch.arange(16) if dropout else torch.randperm(16)[:5]  # of the last block
     got = model(tokens[None], where[None])[0]
     assert len(factors) == 1 + 3 * cfg.layers
     assert any((factor == 0).any() for factor in factors) == (dropout > 0)
@@ -632,10 +632,10 @@ def test_sparse_prediction_equals_dense():
     tokens = torch.randint(0, 46, (4, 16))
     where = torch.stack([torch.randperm(16)[:5] for _ in range(4)])
     targets = torch.randint(0, 50, (4, 5))
-    dense = model(tokens, torch.arange(16).expand(4, 16))  # (4, 16, 50)
+    dense = model(tokens, torch.arange(16).expand(4, 16), depth=1)  # (4, 16, 50)
     chances = torch.stack([dense[b, where[b]] for b in range(4)]).log_softmax(2)
     loss = -chances.gather(2, targets[:, :, None]).mean()
-    assert model(tokens, where, targets).item() == pytest.approx(loss.item(), abs=1e-5)
+    assert model(tokens, where, targets, 1).item() == pytest.approx(loss.item(), abs=1e-5)
 
 
 def test_base_is_the_papers_model():
