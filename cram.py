@@ -408,10 +408,10 @@ class Model(nn.Module):
             x = x + self.position_scale * self.positions[: tokens.shape[1]]
         x = self.dropout(self.embedding_norm(x))
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
-        *blocks, last = self.blocks[:depth]
+        blocks = self.blocks[:depth]
         for block in blocks:
-            x = block(x, mask, self.rotation)
-        return self.final_norm(last(x, mask, self.rotation, where))
+            x = block(x, mask, self.rotation, where if block is blocks[-1] else None)
+        return self.final_norm(x)
 
     def forward(self, tokens, where, targets=None, depth=None):
         """Logits (B, K, vocab) at the positions `where` (B, K), or their mean loss on `targets`."""
