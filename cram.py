@@ -69,10 +69,10 @@ class Config:
     norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
-    copying: bool = True  # and where its neighbour stood before: two heads, of 4 or more blocks
+    copying: bool = True  # and two of them start out copying, in 4 or more blocks
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = "auto"  # share with a quarter, then half of 4 or more blocks; auto: 0.8 or 0
+    shallow: float = "auto"  # share of the budget with a quarter, then half of the blocks
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
@@ -214,17 +214,17 @@ def load_tokenizer(text, pattern):
 
 def load_data(folder):
     """(manifest, training rows, validation rows); rows: a memory map, uint16 (rows, seq_len)."""
-    path = Path(folder) / "meta.json"
-    meta = json.loads(path.read_text()) if path.exists() else {}
+    meta = {}
+    with suppress(OSError, ValueError):  # not there, or damaged
+        meta = json.loads(Path(folder, "meta.json").read_text())
     if meta.get("format") != DATA_FORMAT:
         fail(f"{folder} is no folder made by this version of prepare_data.py: prepare it first")
-    rows = {}
-    for split, count in meta["rows"].items():
-        path = path.with_name(f"{split}.bin")
-        if not path.exists() or path.stat().st_size != 2 * count * meta["seq_len"]:
-            fail(f"{path} is not {count} rows of {meta['seq_len']} tokens: prepare it again")
-        rows[split] = np.memmap(path, "<u2", "r").reshape(count, -1)
-    return meta, rows["train"], rows["val"]
+    for name, about in meta["files"].items():
+        path = Path(folder, name)
+        if not path.exists() or path.stat().st_size != about["bytes"]:
+            fail(f"{path} is not the file of {about['bytes']} bytes it was: prepare it again")
+    train, val = (np.memmap(Path(folder, name), "<u2", "r") for name in ("train.bin", "val.bin"))
+    return meta, train.reshape(-1, meta["seq_len"]), val.reshape(-1, meta["seq_len"])
 
 
 def mask_counts(cfg, seq_len):
@@ -646,10 +646,10 @@ def write_whole(path, write):
 def load_checkpoint(folder):
     """What train saved in `folder` (the file itself will do too): plain types and tensors."""
     path = Path(folder)
-    if path.suffix != ".pt":
+    if path.is_dir() or path.suffix != ".pt":
         path = path / "checkpoint.pt"
     if not path.exists():
-        fail(f"{path} does not exist: train first, with python cram.py --out ...")
+        fail(f"{path} does not exist: train first, with --overwrite if log.csv is there")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code
         if state["format"] != FORMAT:
@@ -710,13 +710,13 @@ def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
 
 # ---- Training ------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, rows, depth, device, autocast):
+def evaluate(model, rows, micro_batch, depth, device, autocast):
     """Mean loss in nats over `rows`, masked in one way for all runs: so their losses compare."""
     model.eval()
     numbers, rng = np.arange(len(rows)), np.random.default_rng(0)
     fixed = Config(mask_rate=0.25)  # whatever the run itself hides
     total = 0
-    for batch in make_batches(rows, numbers, 64, rng, fixed, model.vocab_size, device):
+    for batch in make_batches(rows, numbers, micro_batch, rng, fixed, model.vocab_size, device):
         with autocast:
             total += model(*batch, depth) * len(batch[0])
     model.train()
@@ -818,7 +818,7 @@ def train(given):
             save_checkpoint(path, cfg, run, meta, parts)
             saved_at = run.seconds
         if eval_due:
-            run.val_loss = evaluate(model, val_rows[:512], depth, device, autocast)
+            run.val_loss = evaluate(model, val_rows[:512], micro_batch, depth, device, autocast)
             run.evals = math.floor(p * cfg.evals) + 1  # a long step may pass several
         if eval_due or len(run.losses) == 10:
             log_row(log, run, before, eval_due, cfg, seq_len, machine_rate)
@@ -887,9 +887,9 @@ def main(argv):
         else:
             fail(f"no command {command!r}: expected train, fill, plot, bench or export")
     except RuntimeError as error:
-        if "out of memory" not in str(error):  # on all devices but CUDA that is all there is to see
+        if not re.search("(out of|enough|allocate) memory", str(error)):  # only CUDA has a type
             raise
-        fail("out of memory: --resume with a smaller --micro_batch; the batch stays what it is")
+        fail("out of memory: --resume with a smaller --micro_batch, or start a smaller --size")
     except OSError as error:  # a full disk, a folder that may not be written
         fail(f"{error}: what was saved before is kept")
     except KeyboardInterrupt:  # before the loop: in it, signals only ask to stop

@@ -232,7 +232,7 @@ def encode(texts, tokenizer, seq_len):
     cls, sep = (tokenizer.encode_single_token(name) for name in ("[CLS]", "[SEP]"))
     # A space first, as in running text: without it many a word would be cut into rare pieces.
     a, b = [f" {cram.normalise(text)}".rstrip() for text in (*texts, "")[:2]]
-    a, b = tokenizer.encode_ordinary_batch([a, b])
+    a, b = map(tokenizer.encode_ordinary, (a, b))
     while len(a) + len(b) + 3 > seq_len:
         max(a, b, key=len).pop()  # the longer one loses its last token
     return [cls, *a, sep, *b, sep]
@@ -433,6 +433,7 @@ def score_all(options, file):
     if not names or set(names) - set(TASKS):
         fail(f"--tasks is {options.tasks!r}: expected all, or some of {','.join(TASKS)}")
     model, tokenizer, _ = cram.load_model(file, dropout=0.1)  # 0.1 for all models [2]
+    settings = {"format": 2, "checkpoint": sha256(file), "random": options.checkpoint == "none"}
     device, options.dtype = cram.choose_device(options)
     options.device = device.type
     cram.fill_in(options, head="pair" if model.cfg.recipe == "modern" else "first")
@@ -450,7 +451,6 @@ def score_all(options, file):
         tempfile.TemporaryFile(dir=folder).close()
     tasks = {name: load_task(TASKS[name], options, tokenizer, model.seq_len) for name in names}
 
-    settings = {"format": 2, "checkpoint": sha256(file), "random": options.checkpoint == "none"}
     for name in ("device", "dtype", "epochs", "batch_size", "lr", "head"):
         settings[name] = getattr(options, name)
     medians = {}
@@ -478,7 +478,7 @@ def main(argv):
     options = Options(**cram.parse_flags(Options, argv, __doc__, {"lr": (1e-9, 10)}))
     # Where the weights, or the shape of random ones, come from: a folder, or the file itself.
     file = Path(options.like if options.checkpoint == "none" else options.checkpoint)
-    if file.suffix != ".pt":
+    if file.is_dir() or file.suffix != ".pt":
         file = file / "checkpoint.pt"
     again = shlex.join(["python", "finetune_glue.py", *argv])
     rest = f"finished runs are kept in {file.parent / 'glue'}, and this goes on from there: {again}"

@@ -94,7 +94,7 @@ def download(url, path):
                         for block in answer.iter_content(2**16):
                             file.write(block)
                             show(f"{path.name} {file.tell() / 1e6:.0f} of {whole / 1e6:.0f} MB")
-                    if part.stat().st_size >= whole:
+                    if part.stat().st_size == whole or "Content-Length" not in answer.headers:
                         os.replace(part, path)
                         return
                 elif status == 416:  # what has come is no beginning of this file
@@ -107,7 +107,7 @@ def download(url, path):
             problem = f"no connection, or it broke ({type(error).__name__})"
         say(f"{path.name}: {problem}; waiting {wait} s")
         time.sleep(wait)
-    fail(f"{url}: {problem}. Check the network and start again: what has come is kept")
+    fail(f"{url}: {problem}. Check the network and start again")
 
 
 def find_files(options, folder):
@@ -197,7 +197,7 @@ def read_file(path):
                     fail(f'{found}: expected one {{"text": "a string"}} in UTF-8, up to 16 MB')
                 yield len(line), text
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        fail(f"{path} cannot be read as UTF-8 ({error}): convert it, repair it or leave it out")
+        fail(f"{path} cannot be read as UTF-8 ({error}): convert, repair, delete or leave it out")
 
 
 def read_chunks(paths, share=1.0, documents=math.inf):
@@ -425,7 +425,7 @@ def prepare(options, folder):
         rng = None if how == "prevalence" else np.random.default_rng(options.seed)
         sort_rows(rows[split], folder / f"{split}.bin", scores.get(how, 0 * stops), rng)
     sizes = {split: len(rows[split]) for split in rows}
-    rows.clear()  # Windows deletes no file that is mapped
+    del rows, block  # Windows deletes no file that is mapped
     for path in folder.glob("*.part"):
         path.unlink()
     write_manifest(options, folder, sizes, documents, unigram_nats)

@@ -287,7 +287,7 @@ def main(argv):
     if not argv or argv[0].startswith("-"):
         cram.fail("expected a folder: python assets/check_export.py out/cram [DOCUMENTS.jsonl ...]")
     out, *paths = argv
-    glue = paths.pop() if "--glue" in paths else ""
+    glue = paths.pop(paths.index("--glue") + 1) if "--glue" in paths else ""
     quick = "--quick" in paths
     paths = [path for path in paths if path not in ("--glue", "--quick")]
     import transformers
