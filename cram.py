@@ -803,8 +803,8 @@ def train(given):
     say(f"budget   {cfg.budget}: lr {cfg.lr:.2g}, batch {cfg.batch_size}, shallow {cfg.shallow:g}")
 
     while True:
-        # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps,
-        # and it is written before they count what is done now: a resumed run does that again.
+        # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps.
+        # It is saved before what is due counts as done, so a resumed run does that again.
         run.seconds = time.monotonic() - start
         spent = {"seconds": run.seconds, "steps": run.step, "tokens": run.reads * seq_len}
         p = min(1.0, spent.get(unit, run.flops) / amount)
