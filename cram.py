@@ -72,7 +72,7 @@ class Config:
     copying: bool = True  # and two of them start out copying, in 4 or more blocks
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = "auto"  # share of the budget with a quarter, then half of the blocks
+    shallow: float = "auto"  # share of budget with few blocks: a quarter, then half; auto: 0.8 or 0
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices

@@ -433,6 +433,7 @@ def score_all(options, file):
     if not names or set(names) - set(TASKS):
         fail(f"--tasks is {options.tasks!r}: expected all, or some of {','.join(TASKS)}")
     model, tokenizer, _ = cram.load_model(file, dropout=0.1)  # 0.1 for all models [2]
+    # The hash is taken at once: a training may save other weights while the texts are read.
     settings = {"format": 2, "checkpoint": sha256(file), "random": options.checkpoint == "none"}
     device, options.dtype = cram.choose_device(options)
     options.device = device.type

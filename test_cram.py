@@ -1043,14 +1043,14 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
     assert "choose a smaller --size" in message(cram.fit, model, cfg, gpu, autocast)
 
 
-@pytest.mark.parametrize("words", ["MPS: out of memory", "can't allocate memory"])  # GPU, CPU
-def test_later_out_of_memory_is_a_sentence(words, tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("words", ["CUDA out of", "MPS: out of", "can't allocate"])
+def test_later_out_of_memory_is_a_sentence(words, error, tmp_path, data, monkeypatch):
     def forward(*_):
-        raise RuntimeError(words)
+        raise error(f"{words} memory")
 
     monkeypatch.setattr(cram.Model, "forward", forward)
-    text = message(run_cram, data, tmp_path / "a", "9steps")
-    assert "--resume with a smaller --micro_batch" in text
+    assert "--resume with a smaller --micro_batch" in message(run_cram, data, tmp_path, "9steps")
 
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(tmp_path, data):
