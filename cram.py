@@ -66,13 +66,13 @@ class Config:
     positions: Literal["rotary", "sinusoidal", "learned"] = "rotary"
     head: bool = False  # dense layer, GELU, LayerNorm and a bias around the decoder
     linear_bias: bool = False  # biases in the linear layers
-    norm_bias: bool = False  # biases in LayerNorm, and in the embedding's a weight too
+    norm_bias: bool = False  # biases in LayerNorm; the embedding's then has a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
-    copying: bool = True  # and two of them start out copying, in 4 or more blocks
+    copying: bool = True  # and in models of 4 or more blocks two heads start out copying
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
-    shallow: float = "auto"  # share of budget with few blocks: a quarter, then half; auto: 0.8 or 0
+    shallow: float = "auto"  # share of budget with 1/4, then 1/2 of the blocks; auto: 0.8 or 0
     # the objective and the optimiser [4.3]
     mask_rate: float = 0.35  # share of positions to predict
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW but for the blocks' matrices
@@ -201,7 +201,7 @@ def normalise(text):
     """The paper's normalisation [4.4]: lower case, no accents, ASCII only, white space folded."""
     text = " ".join(unicodedata.normalize("NFD", text).split())  # NFD cuts accents off letters
     text = text.lower().encode("ascii", "ignore").decode()
-    return " ".join(re.sub("[^ -~]", "", text).split())  # what can be printed
+    return " ".join(re.sub("[^ -~]", "", text).split())  # keeps " " to "~": what can be printed
 
 
 def load_tokenizer(text, pattern):
@@ -240,7 +240,7 @@ def mask_rows(rows, rng, cfg, vocab_size):
     (B, K). Numbers are drawn row by row, so it does not matter how the rows of a step are cut."""
     seq_len = rows.shape[1]
     count, masked, randoms = mask_counts(cfg, seq_len)
-    noise = rng.random((len(rows), seq_len + randoms))
+    noise = rng.random((len(rows), seq_len + randoms))  # S choose where, the rest become tokens
     where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # K positions, at random
     targets = np.take_along_axis(rows, where, axis=1)
     shown = targets.copy()
@@ -293,7 +293,7 @@ def start_copying(cfg, embedding, first, second):
     for head in range(min(2, cfg.heads // 2)):  # 0: left, 1: right; of 2 or 3 heads only 0
         first.qk_bias[:, head] *= 4  # scores 16 times as large: it looks at its neighbour alone
         place = torch.arange(head * n, head * n + n)  # of the note in x
-        embedding.weight[:, place] = 0  # empties it; v is about 0.02 * W**0.5, so a note about 2
+        embedding.weight[:, place] = 0  # nothing else is there. v is 0.02 * W**0.5; a note is 2:
         first.attn_out.weight[place, head * size + torch.arange(n)] = 100 * cfg.width**-0.5
         compared[:, head] = 0
         compared[:, head, slow, place] = 2.0  # q and k are twice the note: equal ones score most
@@ -328,7 +328,7 @@ class Block(nn.Module):
         if self.cfg.positions == "rotary":
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
-        if where is not None:  # behind rotate, which counts positions
+        if where is not None:  # after rotate, which counts positions
             q = q.take_along_dim(where[:, None, :, None], 2)  # (B, heads, K, D)
         dropout = self.cfg.dropout if self.training else 0.0
         if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
@@ -381,7 +381,7 @@ class Model(nn.Module):
         elif cfg.positions == "learned":
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
         norm = partial(nn.LayerNorm, cfg.width, eps=1e-12, bias=cfg.norm_bias)
-        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # so export.py can be exact
+        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # for a reason see export.py
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i, self.rotation) for i in range(cfg.layers))
         self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
@@ -423,7 +423,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self, depth=None):
-        """To train on a token: 6 (2 forward) a weight that it meets, 12 S W of scores a block."""
+        """To train on a token: 6 (2 forward) a weight of blocks, decoder; 12 S W of scores a block."""
         predicted = mask_counts(self.cfg, self.seq_len)[0] / self.seq_len  # share of the tokens
         decoder = 6 * predicted * self.vocab_size * self.cfg.width
         counts = [p.numel() for p in self.blocks[0].parameters() if p.ndim == 2]
@@ -435,7 +435,7 @@ class Model(nn.Module):
 
 # ---- Optimisers ----------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): orthogonalised steps for matrices. torch.optim's: bf16 only."""
+    """Muon (Jordan et al. 2024): orthogonalised steps for matrices; torch.optim's has bf16 only."""
 
     def __init__(self, params, peak, weight_decay, dtype):
         super().__init__(params, {"peak": peak, "weight_decay": weight_decay})
@@ -490,10 +490,10 @@ def parse_budget(text):
     scales = {"s": 1, "m": 60, "h": 3600, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
     pattern = r"(\d+\.?\d*(?:e[+-]?\d+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))"
     match = re.fullmatch(pattern, text)
-    if not match or not 0 < float(match[1]) < math.inf:
+    amount = float(match[1]) * scales[match[2] or match[3]] if match else 0
+    if not 1e-9 < amount < 1e30:
         fail(f"budget {text!r} is not understood: expected one like 90s, 24h, 50Mtokens, 1e15flops")
-    scale = scales[match[2] or match[3]]
-    return float(match[1]) * scale, match[4] or "seconds"
+    return amount, match[4] or "seconds"
 
 
 def lr_at(p, cfg):
@@ -519,9 +519,9 @@ def depth_at(p, cfg):
 
 def plan(cfg, amount, unit, model, machine_rate):
     """Chooses batch_size and shallow, where auto, by the tokens that the budget will buy."""
-    tokens = amount
+    tokens = amount  # if that is their unit; of steps the rows below are not used
     if unit == "steps":
-        fill_in(cfg, batch_size=32)  # tokens follow from it, so it cannot follow from them, below
+        fill_in(cfg, batch_size=32)  # the tokens follow from it
     elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
@@ -544,7 +544,7 @@ def choose_device(cfg):
     try:
         device = torch.device(name)
         if device.type == "cuda":  # under torchrun each process has its own
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", "0")))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     except Exception:  # each build of torch has its own way to say so
@@ -572,10 +572,10 @@ def fit(model, cfg, device, autocast):
     forward = torch.compile(model) if wanted else model
     rows = min(cfg.micro_batch, cfg.batch_size)
     _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]  # for the optimiser
-    while forward is not model or device.type == "cuda":
-        try:  # a pass; a failure changes one thing
+    while forward is not model or device.type == "cuda":  # else nothing can fail
+        try:  # one pass; after a failure it goes on uncompiled, or with half the rows
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
-            where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]
+            where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]  # zeros, too
             with autocast:
                 forward(tokens, where, where, cfg.layers).backward()  # a failure keeps no graph
             break
@@ -745,6 +745,7 @@ def take_step(run, loss, rate, model, optimizers, scaler, cfg):
 def train(given):
     """Trains until the budget is spent, or a signal asks to stop."""
     cfg, state = begin(given)  # state: of the run that is resumed, or None
+    amount, unit = parse_budget(cfg.budget)
     device, dtype = choose_device(cfg)
     rank, world = join_processes()
     if rank == 0 and cfg.data == Config.data and not Path(cfg.data).exists():
@@ -756,7 +757,6 @@ def train(given):
     if state and state["meta"]["files"] != meta["files"]:
         fail(f"{cfg.data} is not the data of this run: name its folder with --data")
     vocab_size, seq_len = meta["vocab_size"], meta["seq_len"]
-    amount, unit = parse_budget(cfg.budget)
     path = Path(cfg.out) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -768,7 +768,7 @@ def train(given):
     order = np.arange(len(train_rows))  # of the rows, in every pass
     if cfg.shuffle:
         np.random.default_rng(cfg.seed).shuffle(order)
-    if cfg.unigram_bias and not state:  # 1 more of each, for none is impossible
+    if cfg.unigram_bias and not state:  # 1 more of each: 0 has no logarithm
         counts = 1 + np.bincount(train_rows[order[:10_000]].ravel(), minlength=vocab_size)
         model.decoder_bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     optimizers = make_optimizers(model, cfg, dtype)

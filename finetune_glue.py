@@ -184,7 +184,7 @@ def read_lines(path):
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError):
         fail(f"{path} is missing, or no UTF-8 text: {again}")
-    if "\n" not in text.lstrip("\n"):
+    if "\n" not in text.lstrip("\r\n"):
         fail(f"{path} is empty, or does not end its lines with line feeds: {again}")
     lines = enumerate(text.split("\n"), start=1)
     return [(number, line.rstrip("\r").split("\t")) for number, line in lines if line.strip("\r")]
@@ -253,12 +253,12 @@ def load_task(task, options, tokenizer, seq_len):
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 def batches(tokens, pad_id, size, rng):
-    """Yields (indices (B,), tokens (B, S)) of all tokens (N, longest), in random order, but for
+    """Yields (indices (B,), tokens (B, S)) of all tokens (N, longest), in random order, except
     that examples of about one length share a batch, which leaves little padding."""
     lengths = (tokens != pad_id).sum(1).cpu().numpy()  # (N,)
     order = rng.permutation(len(lengths))
-    span = np.arange(len(order)) // (50 * size)  # sorted by length are parts of 50 batches
-    order = order[np.lexsort((lengths[order], span))]
+    span = np.arange(len(order)) // (50 * size)  # 50 batches of random examples make a span
+    order = order[np.lexsort((lengths[order], span))]  # by span, and within it by length
     # All indices go to the device at once: copied step by step, each step would wait for them.
     indices = torch.from_numpy(order).to(tokens.device)
     for start in rng.permutation(np.arange(0, len(order), size)):
@@ -358,7 +358,7 @@ def predict(model, tokens):
 
 # ---- Scores --------------------------------------------------------------------------------------
 def score(task, predictions, data):
-    """{"COLUMN METRIC": value} of the dev sets; nan where the predictions are: all, or none."""
+    """{"COLUMN METRIC": value} of the dev sets; nan after a divergence."""
     scores = {}
     for split, column in columns(task, "dev").items():
         predicted, true = predictions[split], data[split][1].cpu().numpy()
@@ -388,7 +388,7 @@ def score_task(name, data, encoder, options, settings, kept):
             mine.replace(path)
         try:  # a new run is read like a kept one
             run = json.loads(path.read_bytes())
-            shown = [f"{column} {100 * value:.1f}" for column, value in run["scores"].items()]
+            shown = [f"{measure} {100 * value:.1f}" for measure, value in run["scores"].items()]
             shown.append(f"{run['seconds']:.0f} s")
         except (ValueError, LookupError, TypeError, AttributeError):
             fail(f"{path} is damaged, or not of this script: delete it, and its run is made again")
@@ -396,14 +396,14 @@ def score_task(name, data, encoder, options, settings, kept):
         runs.append(run)
 
     medians = {}
-    for column in runs[0]["scores"]:
-        values = 100 * np.array([run["scores"][column] for run in runs])
+    for measure in runs[0]["scores"]:
+        values = 100 * np.array([run["scores"][measure] for run in runs])
         median, low, high = np.median(values), values.min(), values.max()  # nan if one is
-        say(f"{column}: median {median:.1f}, range {low:.1f} to {high:.1f}, {len(runs)} seeds")
-        if column.endswith(f" {task.metrics[0].__name__}"):
-            medians[column] = median
+        say(f"{measure}: median {median:.1f}, range {low:.1f} to {high:.1f}, {len(runs)} seeds")
+        if measure.endswith(f" {task.metrics[0].__name__}"):
+            medians[measure] = median
     # In the middle by the mean of the scores that count; of two in the middle the lower one.
-    means = [np.mean([run["scores"][column] for column in medians]) for run in runs]
+    means = [np.mean([run["scores"][measure] for measure in medians]) for run in runs]
     middle = int(np.argsort(means)[(len(runs) - 1) // 2])
     if options.submit and middle not in predictions:  # of a kept run only the scores are kept
         predictions[middle] = finetune(task, data, encoder, options, middle)

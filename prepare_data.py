@@ -43,7 +43,7 @@ from cram import PATTERN, SPECIALS, fail, fill_in, normalise, say, show
 # ---- Settings ------------------------------------------------------------------------------------
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
 MAX_BYTES = 2**24  # of a line, and of a .txt that is read as one document
-PIECE = re.compile(r"(?s).{1000,2000}?(?:\n|\Z)|.{1,2000}(?:\s|\Z)|.{1,2000}")  # to a line's end
+PIECE = re.compile(r"(?s).{1000,2000}?(?:\n|\Z)|.{1,2000}(?:\s|\Z)|.{1,2000}")  # line, word, cut
 TEXT = re.compile(r"\.(txt|jsonl|json)(\.gz)?$", re.IGNORECASE)
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json")
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -97,7 +97,7 @@ def download(url, path):
                     if part.stat().st_size == whole or "Content-Length" not in answer.headers:
                         os.replace(part, path)
                         return
-                elif status == 416:  # what has come is no beginning of this file
+                elif status == 416:  # what has come is the whole file, or not of it: once more
                     part.unlink()
                 elif status < 500 and status != 429:
                     fail(f"{url}: {problem} and no file: check the address, or a proxy's login")
@@ -139,9 +139,7 @@ def find_files(options, folder):
             elif path.is_symlink() or not path.is_dir():
                 others.append(path.name)
         if len(found) == before:
-            fail(
-                f"--source {source} is not there, or holds no .txt, .jsonl or .json (or .gz of it)"
-            )
+            fail(f"--source {source} is not there, or holds no .txt, .jsonl or .json (or .gz)")
     if others:
         say(f"passed over {len(others)} hidden or other files: {', '.join(others[:5])} ...")
     return found
@@ -170,11 +168,11 @@ def docstrings(paths):
 # ---- Reading documents ---------------------------------------------------------------------------
 def text_bytes(paths):
     """About how many bytes of text files hold; gzip makes English less than two fifths."""
-    return sum(path.stat().st_size * (2.7 if path.suffix == ".gz" else 1) for path in paths)
+    return sum(path.stat().st_size * (2.7 if path.suffix.lower() == ".gz" else 1) for path in paths)
 
 
 def read_file(path):
-    """Yields (bytes, text) of a .txt (of a very long one in parts, cut at lines) or each line."""
+    """Yields (length, text) of a .txt (of a very long one in parts, cut at lines) or each line."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         if path.name.lower().endswith((".txt", ".txt.gz")):
@@ -246,7 +244,7 @@ def parallel(function, items, workers):
             theirs.close()  # so that the connection ends when the worker does
         for number, item in enumerate(chain(items, [None] * workers)):
             connection = team[number % workers][1]
-            if number >= workers:  # it owes an answer to the item before
+            if number >= workers:  # it owes the answer to its item before
                 yield connection.recv()
             connection.send(item)
     except (EOFError, OSError) as error:
@@ -379,7 +377,9 @@ def sort_rows(rows, target, score, rng=None, most=2**21):
     tokens first; equal ones in their order, or shuffled by rng. Holds `most` rows in memory."""
     blocks = np.array_split(rows, 1 + len(rows) // 2**14)
     keys = np.concatenate([score[block].sum(1, dtype=np.float32) for block in blocks])
-    order = np.argsort(keys + rng.random(len(keys)) if rng else keys, kind="stable")
+    if rng is not None:  # their scores are whole numbers: this shuffles equal ones only
+        keys = keys + rng.random(len(keys))
+    order = np.argsort(keys, kind="stable")
     # For each part of the result it goes through all rows in the order of the disk.
     with open(target, "wb") as file:
         for i in range(0, len(order), most):
@@ -401,8 +401,8 @@ def prepare(options, folder):
 
     # A single book, too, has something to hold out: some of its pieces.
     cut = min(total, options.max_docs) < 100
-    documents = encode(paths, tokenizer, cut, options, folder)
-    fates = ", ".join(f"{number} {fate}" for fate, number in documents.items())
+    seen = encode(paths, tokenizer, cut, options, folder)
+    fates = ", ".join(f"{number} {fate}" for fate, number in seen.items())
     say(f"{'pieces    ' if cut else 'documents '} {fates}")
 
     # Rows of tokens, and how often each token occurs in them.
@@ -420,15 +420,15 @@ def prepare(options, folder):
     log_probability = np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
     unigram_nats = -float((counts["val"] * log_probability).sum() / counts["val"].sum())
     stops = np.array([token.count(b".") for token in tokens] + [0] * len(SPECIALS))
-    scores = {"prevalence": -log_probability / options.seq_len, "sentences": -stops}
+    scores = {"prevalence": -log_probability, "sentences": -stops, "none": 0 * stops}
     for split, how in (("train", options.sort), ("val", "none")):  # cram.py reads val's beginning
         rng = None if how == "prevalence" else np.random.default_rng(options.seed)
-        sort_rows(rows[split], folder / f"{split}.bin", scores.get(how, 0 * stops), rng)
+        sort_rows(rows[split], folder / f"{split}.bin", scores[how], rng)
     sizes = {split: len(rows[split]) for split in rows}
     del rows, block  # Windows deletes no file that is mapped
     for path in folder.glob("*.part"):
         path.unlink()
-    write_manifest(options, folder, sizes, documents, unigram_nats)
+    write_manifest(options, folder, sizes, seen, unigram_nats)
     say(f"rows       {sizes['train']} and {sizes['val']} held out, unigram {unigram_nats:.3f} nats")
 
 
@@ -438,7 +438,7 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(options, folder, rows, documents, unigram_nats):
+def write_manifest(options, folder, sizes, seen, unigram_nats):
     """Writes meta.json: what cram.py has to know, and how the files can be made again."""
     files = {}
     for path in map(folder.joinpath, FILES[:3]):
@@ -450,10 +450,10 @@ def write_manifest(options, folder, rows, documents, unigram_nats):
         "special_tokens": {name: options.vocab_size - 4 + i for i, name in enumerate(SPECIALS)},
         "pattern": PATTERN,
         "normalisation": "NFD, lower case, ASCII only, no control characters, white space folded",
-        "rows": rows,
-        "tokens": {split: n * options.seq_len for split, n in rows.items()},
+        "rows": sizes,
+        "tokens": {split: n * options.seq_len for split, n in sizes.items()},
         "files": files,
-        "documents": documents,
+        "documents": seen,
         "unigram_nats": unigram_nats,
         "options": asdict(options),
         "seed": options.seed,

@@ -1561,7 +1561,7 @@ HEAD = b"sentence\tlabel\n"
 STSB = b"sentence1\tsentence2\tscore\na\tb\t"
 FILES = [  # task, content of its dev.tsv, words of the sentence
     ("sst2", None, "is missing"),
-    ("sst2", b"", "is empty"),
+    ("sst2", b"\r\n", "is empty"),
     ("sst2", HEAD, "has no examples: expected rows of sentence, label"),
     ("sst2", b"sentence\tgrade\nfine\t1\n", "has no column 'label': found sentence, grade"),
     ("sst2", HEAD + b"\n\nfine\t1\n\r\nbad\t-1\n", "line 6: the label is '-1', expected 0 or 1"),
