@@ -491,7 +491,7 @@ def parse_budget(text):
     pattern = r"(\d+\.?\d*(?:e[+-]?\d+)?)(?:([smh])|([kMGB]?)(steps|tokens|flops))"
     match = re.fullmatch(pattern, text)
     amount = float(match[1]) * scales[match[2] or match[3]] if match else 0
-    if not 1e-9 < amount < 1e30:
+    if not 1e-9 < amount < 1e30:  # far beyond, its logarithm fails in plan
         fail(f"budget {text!r} is not understood: expected one like 90s, 24h, 50Mtokens, 1e15flops")
     return amount, match[4] or "seconds"
 
@@ -519,7 +519,7 @@ def depth_at(p, cfg):
 
 def plan(cfg, amount, unit, model, machine_rate):
     """Chooses batch_size and shallow, where auto, by the tokens that the budget will buy."""
-    tokens = amount  # if that is their unit; of steps the rows below are not used
+    tokens = amount  # so it is if counted in tokens; for steps it is not used
     if unit == "steps":
         fill_in(cfg, batch_size=32)  # the tokens follow from it
     elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough

@@ -377,7 +377,7 @@ def sort_rows(rows, target, score, rng=None, most=2**21):
     tokens first; equal ones in their order, or shuffled by rng. Holds `most` rows in memory."""
     blocks = np.array_split(rows, 1 + len(rows) // 2**14)
     keys = np.concatenate([score[block].sum(1, dtype=np.float32) for block in blocks])
-    if rng is not None:  # their scores are whole numbers: this shuffles equal ones only
+    if rng is not None:  # scores are then whole numbers: this shuffles equal ones only
         keys = keys + rng.random(len(keys))
     order = np.argsort(keys, kind="stable")
     # For each part of the result it goes through all rows in the order of the disk.

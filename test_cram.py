@@ -1,7 +1,5 @@
-"""What the scripts promise, checked offline on a CPU: pytest
-
-Each part is checked against something independent: a closed form, float64, a twin, worked numbers.
-"""
+"""What the scripts promise, checked offline on a CPU by pytest, and each part against something
+independent: a closed form, float64, a twin, worked numbers."""
 
 import csv
 import gzip
@@ -1098,6 +1096,7 @@ MISTAKES = [
     ("--size huge", "got 'huge', expected auto or tiny or mini"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
     ("--budget 5", "budget '5' is not understood: expected one like 90s"),
+    ("--budget 1e308h", "budget '1e308h' is not understood"),
     ("--width 33", "expected even ones, for each head"),
     ("--device tpu", "device 'tpu' cannot be used here"),
     ("--data nowhere", "nowhere is no folder made by"),
@@ -1561,6 +1560,7 @@ HEAD = b"sentence\tlabel\n"
 STSB = b"sentence1\tsentence2\tscore\na\tb\t"
 FILES = [  # task, content of its dev.tsv, words of the sentence
     ("sst2", None, "is missing"),
+    ("sst2", b"", "is empty"),
     ("sst2", b"\r\n", "is empty"),
     ("sst2", HEAD, "has no examples: expected rows of sentence, label"),
     ("sst2", b"sentence\tgrade\nfine\t1\n", "has no column 'label': found sentence, grade"),
