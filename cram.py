@@ -30,7 +30,6 @@ from typing import Literal, get_args
 import numpy as np
 import tiktoken
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
@@ -42,7 +41,7 @@ SIZES = {  # layers, width; heads are 64 wide, the feed-forward is 4 times as wi
 
 
 @dataclass
-class Config:
+class Config:  # auto: chosen by make_config and plan, from machine, recipe, size and budget
     data: str = "data/docs"  # folder made by prepare_data.py
     out: str = "out/cram"  # folder for checkpoint.pt, log.csv and curve.svg
     budget: str = "5m"  # 90s, 5m, 24h, 2000steps, 50Mtokens or 1e15flops [2]
@@ -52,10 +51,10 @@ class Config:
     seed: int = 0  # of the weights, the masks, dropout and the order of the rows
     # the machine [4.1]
     device: str = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matrix products; the rest is fp32
-    compile: bool = "auto"  # torch.compile: slow to start, then faster; auto: on a GPU
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # to compute in; weights are fp32
+    compile: bool = "auto"  # torch.compile: slow to start, then faster; auto: on CUDA
     # the shape [4.2]
-    size: Literal["auto", "tiny", "mini", "small", "base", "large"] = "auto"  # base on a GPU
+    size: Literal["auto", "tiny", "mini", "small", "base", "large"] = "auto"  # base on CUDA
     recipe: Literal["modern", "cram", "bert"] = "modern"  # cram: the paper's; bert: its baseline
     layers: int = "auto"  # this and the next three: from size
     width: int = "auto"
@@ -163,7 +162,7 @@ def make_config(given):
     fill_in(cfg, lr=LR_AT_BASE[cfg.recipe] * (768 / cfg.width) ** 0.75)
     cfg.neighbours = cfg.neighbours and cfg.positions == "rotary"  # it takes a rotation
     if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width} and ffn_width {cfg.ffn_width}: expected even ones, for each head")
+        fail(f"width {cfg.width}, ffn_width {cfg.ffn_width}: want multiples of {2 * cfg.heads}, 2")
     return cfg
 
 
@@ -273,7 +272,7 @@ def neighbour_bias(cfg, layer, rotation):
     """(2, heads, 1, D): what a block starts out adding to q and k, before they are turned. A score
     is largest where both end at one angle: so k turned ahead by d positions looks d to the left."""
     bias = torch.zeros(2, cfg.heads, 1, cfg.width // cfg.heads)
-    bias[..., :8] = 2.0  # the fastest pairs, which tell neighbours apart
+    bias[..., :8] = 2.0  # (2, 0) in the 8 fastest pairs, which tell neighbours apart
     for i in range(cfg.heads):
         head = layer * cfg.heads + i  # counted through all layers
         distance = head // 2 % 4 + 1  # 1 1 2 2 3 3 4 4 1 ...
@@ -293,11 +292,12 @@ def start_copying(cfg, embedding, first, second):
     for head in range(min(2, cfg.heads // 2)):  # 0: left, 1: right; of 2 or 3 heads only 0
         first.qk_bias[:, head] *= 4  # scores 16 times as large: it looks at its neighbour alone
         place = torch.arange(head * n, head * n + n)  # of the note in x
-        embedding.weight[:, place] = 0  # nothing else is there. v is 0.02 * W**0.5; a note is 2:
-        first.attn_out.weight[place, head * size + torch.arange(n)] = 100 * cfg.width**-0.5
+        embedding.weight[:, place] = 0  # nothing else is there
+        spread = 0.02 * cfg.width**0.5  # of the numbers in v, which become 2 in a note
+        first.attn_out.weight[place, head * size + torch.arange(n)] = 2 / spread
         compared[:, head] = 0
         compared[:, head, slow, place] = 2.0  # q and k are twice the note: equal ones score most
-        second.qk_bias[1, head] = -second.qk_bias[0, head]  # a bit less at itself: it is equal too
+        second.qk_bias[1, head] = -second.qk_bias[0, head]  # less at itself, whose note is equal
 
 
 class Block(nn.Module):
@@ -369,7 +369,6 @@ class Model(nn.Module):
         self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.embedding = nn.Embedding(vocab_size, cfg.width)
-        self.position_scale = 1.0
         dim = cfg.width // cfg.heads if cfg.positions == "rotary" else cfg.width
         frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # from fast to slow
         angle = torch.arange(seq_len)[:, None] * frequencies  # (S, dim / 2)
@@ -380,8 +379,9 @@ class Model(nn.Module):
             self.position_scale = nn.Parameter(torch.tensor(cfg.width**-0.5))
         elif cfg.positions == "learned":
             self.positions = nn.Parameter(torch.empty(seq_len, cfg.width))
+            self.position_scale = 1.0
         norm = partial(nn.LayerNorm, cfg.width, eps=1e-12, bias=cfg.norm_bias)
-        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # for a reason see export.py
+        self.embedding_norm = norm(elementwise_affine=cfg.norm_bias)  # so ModernBERT can hold it
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i, self.rotation) for i in range(cfg.layers))
         self.final_norm = norm() if cfg.norm == "pre" else nn.Identity()
@@ -398,7 +398,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
-        if cfg.copying and cfg.neighbours and cfg.layers >= 4 and cfg.width >= 32 * cfg.heads:
+        if cfg.copying and cfg.neighbours and cfg.layers >= 4 and cfg.width // cfg.heads >= 32:
             start_copying(cfg, self.embedding, *self.blocks[:2])
 
     def encode(self, tokens, mask=None, depth=None, where=None):
@@ -423,14 +423,14 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self, depth=None):
-        """To train on a token: 6 (2 forward) a weight of blocks, decoder; 12 S W of scores a block."""
+        """FLOPs to train on a token: 6 a weight, 2 of them forward; scores: 12 S W a block."""
         predicted = mask_counts(self.cfg, self.seq_len)[0] / self.seq_len  # share of the tokens
         decoder = 6 * predicted * self.vocab_size * self.cfg.width
-        counts = [p.numel() for p in self.blocks[0].parameters() if p.ndim == 2]
+        weights = sum(p.numel() for p in self.blocks[0].parameters() if p.ndim == 2)
         qkv = 6 * self.blocks[0].qkv.weight.numel()
-        rest = 6 * sum(counts) - qkv + 12 * self.seq_len * self.cfg.width  # behind qkv
-        blocks = len(self.blocks[:depth])  # the last one does the rest for predicted tokens only
-        return blocks * qkv + (blocks - 1 + predicted) * rest + decoder
+        rest = 6 * weights - qkv + 12 * self.seq_len * self.cfg.width  # behind qkv
+        depth = len(self.blocks[:depth])  # the last block does the rest for predicted tokens only
+        return depth * qkv + (depth - 1 + predicted) * rest + decoder
 
 
 # ---- Optimisers ----------------------------------------------------------------------------------
@@ -497,7 +497,7 @@ def parse_budget(text):
 
 
 def lr_at(p, cfg):
-    """Share of the peak rate: up, level, down. A step at rate 0 only fills AdamW's averages."""
+    """Share of the peak rate: up, level, down. A step at rate 0 only fills the averages."""
     up = cfg.lr_start + (1 - cfg.lr_start) * p / cfg.warmup if p < cfg.warmup else 1.0
     down = (1 - p) / cfg.cooldown if p > 1 - cfg.cooldown else 1.0
     return min(up, down)
@@ -529,7 +529,7 @@ def plan(cfg, amount, unit, model, machine_rate):
         fill_in(cfg, shallow=0.8 if cfg.layers >= 4 and tokens < 8 * weights else 0.0)
     rows = 2 ** round(13 + math.log2(tokens / 1e10))  # the paper's 8192 for 1e10, fewer for fewer
     rows = min(8192, max(rows, 16 if cfg.optimizer == "muon" else 8))
-    fill_in(cfg, batch_size=rows, shallow=0.0)  # of counted tokens few blocks buy no more
+    fill_in(cfg, batch_size=rows, shallow=0.0)  # few blocks save flops, not tokens
 
 
 # ---- The machine ---------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def fit(model, cfg, device, autocast):
     forward = torch.compile(model) if wanted else model
     rows = min(cfg.micro_batch, cfg.batch_size)
     _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]  # for the optimiser
-    while forward is not model or device.type == "cuda":  # else nothing can fail
+    while forward is not model or device.type == "cuda":  # else there is no other way
         try:  # one pass; after a failure it goes on uncompiled, or with half the rows
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
             where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]  # zeros, too
@@ -596,16 +596,16 @@ def join_processes():
     """(rank, world): which process of how many torchrun has started, one a GPU; or (0, 1)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    dist.init_process_group()
-    if dist.get_rank() > 0:  # the first one decides, prints and saves
+    torch.distributed.init_process_group()
+    if torch.distributed.get_rank() > 0:  # the first one decides, prints and saves
         sys.stdout = None
-    return dist.get_rank(), dist.get_world_size()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def agree(values, world):
     """The list of values as the first process has them."""
     if world > 1:
-        dist.broadcast_object_list(values)
+        torch.distributed.broadcast_object_list(values)
     return values
 
 
@@ -674,7 +674,7 @@ def begin(given):
         taken = [name for name in ("checkpoint.pt", "log.csv") if (Path(out) / name).exists()]
         if taken and not given.get("overwrite"):
             fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
-        return make_config(given), None
+        return make_config(given | {"out": out}), None
     state = load_checkpoint(out)
     saved = {"copying": False} | state["config"] | {"out": out}  # older runs; the folder may move
     may_change = {"data", "resume", "device", "dtype", "compile", "micro_batch"}
@@ -685,7 +685,7 @@ def begin(given):
 
 
 def log_row(log, run, before, evaluated, cfg, seq_len, machine_rate):
-    """Writes a row of log.csv and prints its numbers. before: the Run at the row before it."""
+    """Adds a row to log.csv and prints it: lr, batch_rows are to come. before: Run at the last."""
     p, seconds = run.progress, max(run.seconds - before.seconds, 1e-9)
     speed = round((run.reads - before.reads) * seq_len / seconds)
     loss = np.mean(run.losses) if run.losses else math.nan
@@ -729,7 +729,7 @@ def take_step(run, loss, rate, model, optimizers, scaler, cfg):
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     loss, norm = torch.stack((loss, norm)).tolist()  # only here does a step wait for the device
-    if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # of fp16 a smaller one may help
+    if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # fp16 scales down first
         fail(f"no finite loss at step {run.step}: --resume --dtype fp32, or try a smaller --lr")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -780,7 +780,7 @@ def train(given):
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     (machine_rate,) = agree([matmul_rate(device, dtype) * world], world)  # FLOP/s
     plan(cfg, amount, unit, model, machine_rate)
-    if world > min(8, cfg.batch_size):
+    if world > min(8, cfg.batch_size):  # a ramp starts with 8
         fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
     forward, micro_batch = fit(model, cfg, device, autocast)
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
@@ -796,7 +796,7 @@ def train(given):
     for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"} & set(dir(signal)):
         number = getattr(signal, name)
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda number, _: signals.append(number))
+            signal.signal(number, lambda got, _: signals.append(got))
     say(f"model    {cfg.recipe} {cfg.size}: {cfg.layers} layers, width {cfg.width}")
     say(f"machine  {world} x {device.type}, {dtype}, {machine_rate / 1e9:.0f} GFLOP/s (matmul)")
     say(f"data     {cfg.data}: unigram line {meta['unigram_nats']:.3f} nats")
@@ -842,7 +842,7 @@ def train(given):
             loss += part.detach()
         if world > 1:
             for tensor in (loss, *(w.grad for w in model.parameters() if w.grad is not None)):
-                dist.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor)
         run.step += 1
         run.reads += rows
         run.flops += rows * seq_len * model.flops_per_token(depth)

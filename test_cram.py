@@ -96,8 +96,8 @@ def run_cram(data, out, budget, *flags):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data):
-    """A finished run on the stories, of 300 steps."""
-    return run_cram(data, tmp_path_factory.mktemp("out") / "run", "300steps")
+    """A finished run on the stories, of 300 steps; --out may name the checkpoint to be."""
+    return run_cram(data, tmp_path_factory.mktemp("out") / "run/checkpoint.pt", "300steps").parent
 
 
 @pytest.fixture(autouse=True)
@@ -1097,7 +1097,7 @@ MISTAKES = [
     ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
     ("--budget 5", "budget '5' is not understood: expected one like 90s"),
     ("--budget 1e308h", "budget '1e308h' is not understood"),
-    ("--width 33", "expected even ones, for each head"),
+    ("--width 33", "width 33, ffn_width 132: want multiples of 2, 2"),
     ("--device tpu", "device 'tpu' cannot be used here"),
     ("--data nowhere", "nowhere is no folder made by"),
     ("--resume --out nowhere", "nowhere/checkpoint.pt does not exist: train first"),
