@@ -42,7 +42,7 @@ from cram import PATTERN, SPECIALS, fail, fill_in, normalise, say, show
 
 # ---- Settings ------------------------------------------------------------------------------------
 CHUNK = 2**20  # bytes of raw text that travel to a worker together
-MAX_BYTES = 2**24  # of a line, and of a .txt that is read as one document
+MAX_BYTES = 2**24  # of a line; characters of a .txt that are read as one document
 PIECE = re.compile(r"(?s).{1000,2000}?(?:\n|\Z)|.{1,2000}(?:\s|\Z)|.{1,2000}")  # line, word, cut
 TEXT = re.compile(r"\.(txt|jsonl|json)(\.gz)?$", re.IGNORECASE)
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json")
@@ -80,7 +80,8 @@ def download(url, path):
         if path.exists():
             return
         part.touch()
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={part.stat().st_size}-"}
+        start = part.stat().st_size
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
                 status = answer.status_code
@@ -89,8 +90,9 @@ def download(url, path):
                 page = answer.headers.get("Content-Type", "").startswith("text/html")
                 if status < 400 and not page:
                     # 206 is the rest of the file, 200 all of it: then Range was ignored.
-                    with open(part, "ab" if status == 206 else "wb") as file:
-                        whole = file.tell() + int(answer.headers.get("Content-Length", 0))
+                    with open(part, "r+b" if status == 206 else "wb") as file:
+                        whole = file.seek(start if status == 206 else 0)
+                        whole += int(answer.headers.get("Content-Length", 0))
                         for block in answer.iter_content(2**16):
                             file.write(block)
                             show(f"{path.name} {file.tell() / 1e6:.0f} of {whole / 1e6:.0f} MB")
@@ -101,13 +103,13 @@ def download(url, path):
                     part.unlink()
                 elif status < 500 and status != 429:
                     fail(f"{url}: {problem} and no file: check the address, or a proxy's login")
-        except (ValueError, requests.exceptions.ProxyError, requests.exceptions.SSLError) as error:
+        except ValueError as error:
             fail(f"{url}: {error}: check the address, and the proxy that HTTPS_PROXY names")
-        except requests.RequestException as error:
+        except (requests.RequestException, FileNotFoundError) as error:  # another has it whole
             problem = f"no connection, or it broke ({type(error).__name__})"
         say(f"{path.name}: {problem}; waiting {wait} s")
         time.sleep(wait)
-    fail(f"{url}: {problem}. Check the network and start again")
+    fail(f"{url}: {problem}. Check the network, or HTTPS_PROXY, and start again")
 
 
 def find_files(options, folder):
@@ -136,7 +138,7 @@ def find_files(options, folder):
             hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
             if path.is_file() and TEXT.search(path.name) and not hidden:
                 found.append(path)
-            elif path.is_symlink() or not path.is_dir():
+            elif path.is_symlink() or not path.is_dir() or not os.access(path, os.R_OK):
                 others.append(path.name)
         if len(found) == before:
             fail(f"--source {source} is not there, or holds no .txt, .jsonl or .json (or .gz)")
@@ -324,7 +326,7 @@ def learn_vocabulary(paths, options):
     if most < options.vocab_size:
         found = f"{documents} documents hold {len(words)} words of ASCII, all that is kept"
         enough = f"enough for --vocab_size {most}" if most > 260 else "too little for any"
-        fail(f"{found}, {enough}: give more text, or a smaller --vocab_size")
+        fail(f"{found}, {enough}: give more text")
     return tokens, documents / share
 
 
@@ -332,11 +334,10 @@ def learn_vocabulary(paths, options):
 def encode_chunk(chunk, tokenizer, threshold, cut):
     """([(hash, tokens as bytes of uint16, [SEP] last)] of the documents that stay, counts)."""
     sep = tokenizer.encode_single_token("[SEP]")
-    documents, seen = [], Counter()
     if cut:
         chunk = [piece for text in chunk for piece in PIECE.findall(text) or [""]]
+    documents, seen = [], Counter(read=len(chunk))
     for text in chunk:
-        seen["read"] += 1
         text = normalise(text)
         if len(text) < 20:  # teaches nothing about context
             seen["too_short"] += 1
@@ -392,15 +393,16 @@ def sort_rows(rows, target, score, rng=None, most=2**21):
 def prepare(options, folder):
     """The three passes, from the source to the files in `folder`."""
     paths = find_files(options, folder)
-    # A small text needs a larger share, or validation is noise.
-    fill_in(options, val_share=0.05 if text_bytes(paths) < 2e7 else 0.01)
     tokens, total = learn_vocabulary(paths, options)
+    # A small text needs a larger share, or validation is noise.
+    size = text_bytes(paths) * min(1, options.max_docs / total)  # of what will be read
+    fill_in(options, val_share=0.05 if size < 2e7 else 0.01)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     (folder / "tokenizer.tiktoken").write_text("".join(lines))  # tiktoken's own format
     tokenizer = cram.load_tokenizer("".join(lines), PATTERN)
 
     # A single book, too, has something to hold out: some of its pieces.
-    cut = min(total, options.max_docs) < 100
+    cut = min(total, options.max_docs) < 100 or text_bytes(paths) > 8e6 * total
     seen = encode(paths, tokenizer, cut, options, folder)
     fates = ", ".join(f"{number} {fate}" for fate, number in seen.items())
     say(f"{'pieces    ' if cut else 'documents '} {fates}")
@@ -411,7 +413,7 @@ def prepare(options, folder):
         path = folder / f"{split}.part"
         number = path.stat().st_size // 2 // options.seq_len  # the last, short row is dropped
         if number == 0:
-            fail(f"{split} has no row: give more text, or a larger --val_share or --filter")
+            fail(f"{split} has no row: give more text, or other --val_share, --filter or --seq_len")
         rows[split] = np.memmap(path, "<u2", "r", shape=(number, options.seq_len))
         counts[split] = np.zeros(options.vocab_size, np.int64)
         for block in np.array_split(rows[split], 1 + number // 2**14):
@@ -456,14 +458,13 @@ def write_manifest(options, folder, sizes, seen, unigram_nats):
         "documents": seen,
         "unigram_nats": unigram_nats,
         "options": asdict(options),
-        "seed": options.seed,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def remove(part):
     """Deletes a folder that a preparation wrote: of the files in it those of our names."""
-    for path in part.iterdir():
+    for path in part.glob("*"):
         if path.name in FILES or path.suffix == ".part":
             path.unlink()
     with suppress(OSError):  # it holds something else
@@ -472,6 +473,8 @@ def remove(part):
 
 def begin(target):
     """A new folder beside `target`; removes what preparations that were killed have left there."""
+    if target == Path.cwd():  # it would be replaced under the feet of the shell
+        fail("--out is the folder you are in: name another, as in --out data/mine")
     with suppress(FileNotFoundError):
         target.rmdir()  # an empty folder is as good as none; another is refused here
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -493,7 +496,7 @@ def main(argv):
     options = Options(**cram.parse_flags(Options, argv, __doc__, LIMITS))
     first, *others = options.source
     if others and {"docs", "c4"} & set(options.source):  # they are words, not paths
-        fail("--source docs and c4 stand alone: for a file or folder of that name write ./docs")
+        fail("--source docs and c4 stand alone: for files of that name write ./docs, and --out")
     name = Path(first).resolve().name.strip(".").partition(".")[0]  # of a.jsonl.gz: a
     fill_in(options, out=f"data/{name or 'text'}", vocab_size=8192 if first == "docs" else 32768)
     halvings = max(0, 15 - math.log2(options.vocab_size))  # from the paper's vocabulary [4.4]
@@ -505,14 +508,12 @@ def main(argv):
             prepare(options, part)
             os.rename(part, Path(options.out).resolve())  # from here on it is there, and whole
         finally:
-            if part.exists():  # a mistake, Ctrl-C, a full disk
-                remove(part)
+            remove(part)  # what a mistake, Ctrl-C or a full disk has left
     except OSError as error:
         fail(f"{error}: nothing was written to {options.out}; choose another --out, or free space")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    train = shlex.join(["python", "cram.py", "--data", options.out])
-    say(f"wrote      {options.out}: {train}")
+    say(f"wrote      {options.out}: python cram.py --data {shlex.quote(options.out)}")
 
 
 if __name__ == "__main__":

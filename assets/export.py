@@ -303,7 +303,8 @@ def export(out, folder):
     part.mkdir(parents=True)
     try:
         for name, text in texts.items():
-            write_whole(part / name, lambda file, text=text: file.write(text.encode()))
+            data = text.encode(errors="replace")  # a source's name may be no text
+            write_whole(part / name, lambda file, data=data: file.write(data))
         write_whole(part / "model.safetensors", lambda file: write_safetensors(tensors, file))
         if target.exists():
             target.rmdir()  # an empty folder is as good as none

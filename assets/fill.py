@@ -56,7 +56,11 @@ def main(argv):
         return
     if len(argv) != 2:
         fail('expected a folder and a text: python cram.py fill out/cram "a [MASK] of words."')
-    for number, answers in enumerate(fill(*argv), 1):
+    try:
+        filled = fill(*argv)
+    except OSError as error:  # a folder that may not be read; the two words in the wrong order
+        fail(f"{error}: expected a folder and a text")
+    for number, answers in enumerate(filled, 1):
         words = "  ".join(f"{word} {chance:.1%}" for word, chance in answers)
         say(f"[MASK] {number}  {words}")
 

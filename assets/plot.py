@@ -69,8 +69,8 @@ def losses(rows, column, ask):
             loss = float(row[column] or "nan")  # not every row has a validation loss
         except ValueError:  # edited by hand
             continue
-        drawable = spent > 0 or not ask.log  # before the first step: 0 has no logarithm
-        if drawable and math.isfinite(loss):
+        drawable = spent > 0 or (spent == 0 and not ask.log)  # the first step's 0 has no logarithm
+        if drawable and math.isfinite(spent + loss):
             points.append((spent, loss))
     return points
 
