@@ -492,7 +492,7 @@ def main(argv):
     except KeyboardInterrupt:
         say(f"stopped: {rest}")
         raise SystemExit(130) from None
-    except (OSError, torch.OutOfMemoryError) as error:  # no network, a full disk, a small GPU
+    except OSError as error:  # no network, a full disk, a folder that is read-only
         fail(f"{error}; {rest}")
 
 

@@ -89,7 +89,7 @@ def download(url, path):
                 # A page for people in place of the file comes from a proxy or a login.
                 page = answer.headers.get("Content-Type", "").startswith("text/html")
                 if status < 400 and not page:
-                    # 206 is the rest of the file, 200 all of it: then Range was ignored.
+                    # 206: the rest, 200: all. Of two processes each writes the same, in its place.
                     with open(part, "r+b" if status == 206 else "wb") as file:
                         whole = file.seek(start if status == 206 else 0)
                         whole += int(answer.headers.get("Content-Length", 0))
@@ -394,15 +394,15 @@ def prepare(options, folder):
     """The three passes, from the source to the files in `folder`."""
     paths = find_files(options, folder)
     tokens, total = learn_vocabulary(paths, options)
+    mean = text_bytes(paths) / total  # bytes of a document
     # A small text needs a larger share, or validation is noise.
-    size = text_bytes(paths) * min(1, options.max_docs / total)  # of what will be read
-    fill_in(options, val_share=0.05 if size < 2e7 else 0.01)
+    fill_in(options, val_share=0.05 if mean * min(total, options.max_docs) < 2e7 else 0.01)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     (folder / "tokenizer.tiktoken").write_text("".join(lines))  # tiktoken's own format
     tokenizer = cram.load_tokenizer("".join(lines), PATTERN)
 
     # A single book, too, has something to hold out: some of its pieces.
-    cut = min(total, options.max_docs) < 100 or text_bytes(paths) > 8e6 * total
+    cut = min(total, options.max_docs) < 100 or mean > 8e6
     seen = encode(paths, tokenizer, cut, options, folder)
     fates = ", ".join(f"{number} {fate}" for fate, number in seen.items())
     say(f"{'pieces    ' if cut else 'documents '} {fates}")

@@ -7,6 +7,7 @@ A step is one micro-batch of random tokens: forward, backward and the optimisers
 model's FLOPs as a share of what a large matrix product reaches here, measured around each step.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -98,8 +99,8 @@ def main(argv):
     limits = dict.fromkeys(cram.SHARES, (0, 1))
     try:
         bench(cram.parse_flags(cram.Config, argv, __doc__, limits))
-    except RuntimeError as error:  # only CUDA has a type for it
-        if "memory" not in str(error):
+    except RuntimeError as error:
+        if not re.search("(out of|enough|allocate) memory", str(error)):  # the rule of cram.main
             raise
         cram.fail("out of memory: try a smaller --micro_batch or --size")
 
