@@ -20,7 +20,7 @@ import time
 import zipfile
 from collections import Counter
 from functools import partial
-from itertools import chain, pairwise, repeat
+from itertools import chain, count, pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -743,16 +743,14 @@ def test_budgets_are_understood_and_choose_batch_and_blocks():
 
 
 def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
-    """Each look at the clock takes 0.1 s: stop, learning rate and ramp follow it."""
-    now = [1000.0]
-
-    def tick():
-        now[0] += 0.1
-        return now[0]
-
-    monkeypatch.setattr(cram.time, "monotonic", tick)
-    flags = ["--recipe", "cram", "--lr", "1e-3", "--batch_size", "16"]
-    run_cram(data, tmp_path, "30s", *flags)
+    """Each look at the clock takes 10 s: stop, learning rate, ramp and saves follow it."""
+    clock = count(1000, 10)
+    saved = []
+    monkeypatch.setattr(cram, "save_checkpoint", lambda *given: saved.append(given[2].seconds))
+    monkeypatch.setattr(cram.time, "monotonic", lambda: next(clock))
+    flags = ["--recipe", "cram", "--lr", "1e-3", "--batch_size", "16", "--evals", "1"]
+    run_cram(data, tmp_path, "3000s", *flags)
+    assert saved == [10, 620, 1230, 1840, 2450, 3000, 3000]  # every ten minutes, and at the end
     rows = log_of(tmp_path)
     progress = [float(row["progress"]) for row in rows]
     assert progress == sorted(progress) and progress[-1] == 1
@@ -760,7 +758,7 @@ def test_a_time_budget_under_a_fake_clock(tmp_path, data, monkeypatch):
     for row, p in zip(rows, progress, strict=True):
         assert float(row["lr"]) == pytest.approx(1e-3 * cram.lr_at(p, cfg))
     assert (int(rows[1]["batch_rows"]), int(rows[-1]["batch_rows"])) == (8, 16)
-    assert 30 <= float(rows[-1]["seconds"]) < 30.2
+    assert float(rows[-1]["seconds"]) == 3000
 
 
 @pytest.mark.parametrize("budget", ["6000tokens", "3e9flops"])

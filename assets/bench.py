@@ -4,7 +4,7 @@
     python cram.py bench --size mini --micro_batch 32
 
 A step is one micro-batch of random tokens: forward, backward and the optimisers. The MFU is the
-model's FLOPs as a share of what a large matrix product reaches here, measured around each step.
+model's FLOPs as a share of what a large matrix product reaches here, measured after the steps.
 """
 
 import re
@@ -103,6 +103,8 @@ def main(argv):
         if not re.search("(out of|enough|allocate) memory", str(error)):  # the rule of cram.main
             raise
         cram.fail("out of memory: try a smaller --micro_batch or --size")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

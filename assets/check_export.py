@@ -216,7 +216,8 @@ def check_use(out, folder):
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 def check_glue(out, folder, glue_dir):
-    """transformers' own Trainer, in finetune_glue.py's setting, gives scores within its spread."""
+    """transformers' own Trainer gives scores within the spread of finetune_glue.py's, in its setting
+    but for the space before a text, which their normaliser takes away."""
     for name in ("rte", "stsb"):
         task = finetune_glue.TASKS[name]
         options = finetune_glue.Options(glue_dir=glue_dir, device="cpu", dtype="fp32", head="first")
@@ -287,9 +288,15 @@ def main(argv):
     if not argv or argv[0].startswith("-"):
         cram.fail("expected a folder: python assets/check_export.py out/cram [DOCUMENTS.jsonl ...]")
     out, *paths = argv
-    glue = paths.pop(paths.index("--glue") + 1) if "--glue" in paths else ""
+    glue = ""
+    if "--glue" in paths[:-1]:
+        glue = paths.pop(paths.index("--glue") + 1)
+        paths.remove("--glue")
     quick = "--quick" in paths
-    paths = [path for path in paths if path not in ("--glue", "--quick")]
+    paths = [path for path in paths if path != "--quick"]
+    for path in paths:
+        if not Path(path).is_file():
+            cram.fail(f"{path} is no file: expected documents, --quick, or --glue and a folder")
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -44,7 +44,7 @@ def architecture(cfg):
     own = STOCK[BERT if cfg.recipe == "bert" else MODERN]
     others = [f"{name} {getattr(cfg, name)}" for name in own if getattr(cfg, name) != own[name]]
     about = f"recipe {cfg.recipe} with {', '.join(others)}"
-    fail(f"transformers has no class for {about}: expected a model of recipe modern or bert")
+    fail(f"transformers has no class for {about}: expected the shape of modern or bert")
 
 
 def modern_tensors(weights, cfg):
@@ -296,7 +296,7 @@ def export(out, folder):
     """Writes the model of `out` into a new `folder`, which appears once it is whole."""
     target = Path(os.path.realpath(folder))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        fail(f"{folder} exists already: choose another folder, or delete it")
+        fail(f"{folder} exists already: choose another folder")
     model, _, state = load_model(out)
     texts, tensors = make_files(model, state)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")  # on the same disk

@@ -60,6 +60,8 @@ def main(argv):
         filled = fill(*argv)
     except OSError as error:  # a folder that may not be read; the two words in the wrong order
         fail(f"{error}: expected a folder and a text")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     for number, answers in enumerate(filled, 1):
         words = "  ".join(f"{word} {chance:.1%}" for word, chance in answers)
         say(f"[MASK] {number}  {words}")

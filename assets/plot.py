@@ -56,7 +56,7 @@ def find_logs(out):
         return [out]
     if (out / "log.csv").exists():
         return [out / "log.csv"]
-    return sorted(out.rglob("*.csv"))
+    return sorted(path for path in out.rglob("*.csv") if read_log(path))
 
 
 def losses(rows, column, ask):
@@ -121,7 +121,8 @@ def power_law(envelope):
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 630, 12, 360
 KEY = 652  # where the key begins, to the right of the box
-ROUND = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
+TENS = [10.0**power for power in range(-30, 31)]
+ROUND = [digit * ten for ten in TENS for digit in (1, 2, 5)]
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}">
 <style>
 text {{font: 13px sans-serif; fill: #333}} rect {{fill: #fff}}
@@ -134,14 +135,17 @@ path {{fill: none; stroke-linecap: round; stroke-width: 1.5}}
 
 
 def grid(low, high):
-    """Eight round numbers from low to high, or not many fewer, at equal distances."""
+    """Three to eight round numbers from low to high, at equal distances."""
     step = min(step for step in ROUND if 8 * step >= high - low)
-    return np.arange(math.ceil(low / step) * step, high, step)
+    return np.arange(math.ceil(low / step), high / step) * step
 
 
 def log_grid(low, high):
     """Round numbers from low to high; the two ends if there are none, never an axis without."""
-    return [x for x in ROUND if low <= x <= high] or [low, high]
+    found = [x for x in ROUND if low <= x <= high]
+    if len(found) > 13:  # labels would touch: one a decade
+        found = [x for x in found if x in TENS]
+    return found or [low, high]
 
 
 def draw(path, series, x_label, log, y_label="nats"):
@@ -214,10 +218,10 @@ def plot(outs, ask):
         training = losses(rows, "train_loss", ask)
         validation = losses(rows, "val_loss", ask)
         if not training + validation:
-            fail(f"{out} has no log with a loss: expected a run's folder, a log, a folder of logs")
+            fail(f"{out} has no loss to draw yet: expected a run's folder, a log, a folder of logs")
         if len(paths) == 1:  # else the way of each run would hide the others
             series.append(("", colour, "line", training))
-        name = "/".join(Path(out).absolute().parts[-2:])
+        name = "/".join(Path(out).absolute().parts[-2:])[-30:]  # what the key has room for
         series.append((name, colour, "dots", validation))
         validations += validation
         if not ask.unigram:

@@ -29,7 +29,10 @@ def test_bench_measures(capsys):
     text = capsys.readouterr().out
     numbers = re.search(r"(\d+) tokens/s, ([\d.e-]+) TFLOP/s\nmfu +([\d.]+)% of ([\d.e-]+)", text)
     tokens, rate, mfu, peak = (float(number) for number in numbers.groups())
-    assert tokens > 0 and mfu == pytest.approx(100 * rate / peak, abs=0.2)
+    cfg = cram.make_config({"size": "tiny", "layers": 1, "width": 64})
+    flops = cram.Model(cfg, bench.VOCAB_SIZE, bench.SEQ_LEN).flops_per_token()
+    assert rate * 1e12 == pytest.approx(tokens * flops, rel=0.02)  # three digits are printed
+    assert mfu == pytest.approx(100 * rate / peak, rel=0.02, abs=0.1)
 
 
 def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path):
@@ -43,11 +46,10 @@ def test_a_checkpoint_alone_is_enough_to_fill(trained, tmp_path):
     assert "[MASK] 2  " in script("cram.py", "fill", *words).stdout
 
 
-def test_fill_reads_quotes_and_shows_control_characters_escaped(trained):
-    plain = fill.fill(trained, 'the "[MASK]" sees the cat')
-    assert plain == fill.fill(
-        trained, "the “[MASK]” sees the cat".replace("“", '"').replace("”", '"')
-    )
+def test_fill_reads_as_training_does_and_shows_control_characters_escaped(trained):
+    plain = fill.fill(trained, "the [MASK] sees the cat")
+    assert fill.fill(trained, " The  “[MASK]” sees\nthe  CÁT ") == plain  # lower case, ASCII
+    assert fill.fill(trained, 'the "[MASK]" sees the cat') != plain
     assert fill.readable(b"\x1b[2J") == "\\x1b[2J" and fill.readable(b"\xc3") == "\\xc3"
 
 
@@ -94,6 +96,8 @@ def test_numbers_are_where_they_belong(tmp_path, capsys):
     assert np.allclose(lines["dots"], [[(50, low - 3 * nat), (630, low - nat)]], atol=0.1)
     assert np.allclose(lines["dash"], [[(50, low - 1.5 * nat), (630, low - 1.5 * nat)]], atol=0.1)
     assert {"a < b/log.csv", "unigram model 2.500", "million tokens", "3", "0.5"} <= set(texts)
+    ticks = dict(zip(texts[2:], (ends[0] for ends in lines["grid"]), strict=False))
+    assert np.allclose([ticks["3"], ticks["0.5"]], [(50, low - 2 * nat), (195, 12)], atol=0.1)
     assert "c.svg: 2 validation losses, 1 on the lower envelope: no power law" in said
 
 
@@ -105,6 +109,7 @@ def test_a_logarithmic_axis_leaves_out_0_and_is_never_without_a_number(tmp_path,
     assert {"1e-09", "2e-09", "1e-08", "exaFLOP"} <= set(texts)
     write_log(words[0], [(1.1e3, 4.4, ""), (1.9e3, 4.3, "")])  # no round number is between
     assert {"1.1", "1.9", "seconds"} <= set(draw(capsys, *words, "--x", "seconds")[2])
+    assert plot.log_grid(1e-7, 2e-1) == pytest.approx([10.0**power for power in range(-7, 0)])
 
 
 @pytest.mark.parametrize("floor, a, b", [(2.0, 0.5, 0.3), (0.0, 3.0, 0.15), (3.5, 1e-4, 0.6)])
@@ -133,8 +138,8 @@ def test_runs_logs_and_folders_of_them_are_read(tmp_path, trained, capsys):
 def test_mistakes_in_plot_are_sentences(tmp_path, trained):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     table = [
-        ([tmp_path / "other.csv"], "other.csv has no log with a loss: expected a run's folder"),
-        ([trained / "checkpoint.pt"], "checkpoint.pt has no log with a loss"),
+        ([tmp_path / "other.csv"], "other.csv has no loss to draw yet: expected a run's folder"),
+        ([trained / "checkpoint.pt"], "checkpoint.pt has no loss to draw yet"),
         ([trained, "--to", "c.png"], "--to c.png: the picture is an SVG, expected a name that"),
         ([trained, "--to", tmp_path / "other.csv/c.svg"], "no picture was written"),
         (["--to", "c.svg"], "no run is named: expected python cram.py plot OUT"),
@@ -378,6 +383,15 @@ def test_scores_are_those_of_the_outputs_beside_them():
             if ", range " in output:  # older ones are written otherwise
                 assert f"median {score}, range {ends}" in output, (words, log)
                 checked += 1
+    # In README's table the column says which task it is.
+    header, *rows = re.findall(r"^\|.*SST-2.*(?:\n\|.*)+", README, re.MULTILINE)[0].splitlines()
+    for row in rows:
+        for task, cell in zip(header.split("|"), row.split("|"), strict=True):
+            link = re.search(r"\[([\d.]+)\]\((.*\.log)\)", cell)
+            if link:
+                output = (HERE / link[2]).read_text()
+                assert re.search(rf"^{task.strip()} \w+: median {link[1]},", output, re.MULTILINE)
+                checked += 1
     assert checked > 30
 
 
@@ -392,5 +406,6 @@ def test_readme_is_short_and_finished():
     troubles = README.split("## If something goes wrong")[1].split("##")[0]
     scripts = "cram.py", "prepare_data.py", "finetune_glue.py"
     sources = "".join((HERE / name).read_text() for name in scripts)
-    for words in re.findall(r"`([^`]+)`", troubles):  # flags and messages
-        assert words.startswith("--") or words in sources, words
+    for words in re.findall(r"`([^`]+)`", troubles):  # messages, and flags with a value or without
+        flag = re.match(r"--(\w+)", words)
+        assert (f"{flag[1]}: " if flag else words) in sources, words
