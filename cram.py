@@ -240,7 +240,7 @@ def mask_rows(rows, rng, cfg, vocab_size):
     seq_len = rows.shape[1]
     count, masked, randoms = mask_counts(cfg, seq_len)
     noise = rng.random((len(rows), seq_len + randoms))  # S choose where, the rest become tokens
-    where = noise[:, :seq_len].argsort(axis=1)[:, :count]  # K positions, at random
+    where = noise[:, :seq_len].argsort(axis=1)[:, :count].copy()  # K positions, at random
     targets = np.take_along_axis(rows, where, axis=1)
     shown = targets.copy()
     shown[:, :masked] = vocab_size - 1  # [MASK], the last of the specials
@@ -257,7 +257,7 @@ def make_batches(rows, numbers, size, rng, cfg, vocab_size, device):
         tensors = [torch.from_numpy(array) for array in mask_rows(part, rng, cfg, vocab_size)]
         if device.type == "cuda":  # from pinned memory the copy goes on in the background
             tensors = [tensor.pin_memory() for tensor in tensors]
-        yield [tensor.to(device, non_blocking=True) for tensor in tensors]
+        yield [tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors]
 
 
 # ---- Model: B rows of S tokens, K of them to predict; width W, D a head --------------------------
@@ -328,8 +328,8 @@ class Block(nn.Module):
         if self.cfg.positions == "rotary":
             q = rotate(q, rotation[:, :S])
             k = rotate(k, rotation[:, :S])
-        if where is not None:  # after rotate, which counts positions
-            q = q.take_along_dim(where[:, None, :, None], 2)  # (B, heads, K, D)
+        if where is not None:  # after rotate, which counts positions: (B, heads, K, D)
+            q = q.gather(2, where[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
         dropout = self.cfg.dropout if self.training else 0.0
         if x.device.type == "cpu" and S <= 256:  # on a CPU, in bf16, a fifth faster than the kernel
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, S or K, S)
@@ -354,7 +354,7 @@ class Block(nn.Module):
         pre = self.cfg.norm == "pre"  # stable at higher learning rates [4.2]
         y = self.attention(self.attn_norm(x) if pre else x, mask, rotation, where)
         if where is not None:
-            x = x.take_along_dim(where[:, :, None], 1)  # (B, K, W)
+            x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, W)
         x = x + y if pre else self.attn_norm(x + y)
         y = self.feed_forward(self.ffn_norm(x) if pre else x)
         return x + y if pre else self.ffn_norm(x + y)
@@ -548,7 +548,7 @@ def choose_device(cfg):
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     except Exception:  # each build of torch has its own way to say so
-        fail(f"device {cfg.device!r} cannot be used here: try cuda, mps, cpu or auto")
+        fail(f"device {cfg.device!r} cannot be used here: try cuda, mps, cpu, fewer processes")
     if cfg.dtype != "auto":
         return device, cfg.dtype
     if device.type == "cuda":
@@ -566,18 +566,17 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
 
 
-def fit(model, cfg, device, autocast):
-    """(forward, rows): the model, compiled if it can be; rows of a pass that fit into memory."""
+def fit(model, cfg, rows, device, autocast):
+    """(forward, rows): the model, compiled if it can be; the rows of a pass, fewer if need be."""
     wanted = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
     forward = torch.compile(model) if wanted else model
-    rows = min(cfg.micro_batch, cfg.batch_size)
     _reserve = [torch.empty_like(p) for p in list(model.parameters()) * 2]  # for the optimiser
     while forward is not model or device.type == "cuda":  # else there is no other way
         try:  # one pass; after a failure it goes on uncompiled, or with half the rows
             tokens = torch.zeros(rows, model.seq_len, dtype=torch.long, device=device)
-            where = tokens[:, : mask_counts(cfg, model.seq_len)[0]]  # zeros, too
-            with autocast:
-                forward(tokens, where, where, cfg.layers).backward()  # a failure keeps no graph
+            where = tokens[:, : mask_counts(cfg, model.seq_len)[0]].clone()  # zeros, too
+            with autocast:  # in three tensors, as later, or that would be compiled anew
+                forward(tokens, where, where.clone(), cfg.layers).backward()
             break
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -780,9 +779,10 @@ def train(given):
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     (machine_rate,) = agree([matmul_rate(device, dtype) * world], world)  # FLOP/s
     plan(cfg, amount, unit, model, machine_rate)
-    if world > min(8, cfg.batch_size):  # a ramp starts with 8
-        fail(f"{world} processes: expected at most 8, and no more than the {cfg.batch_size} rows")
-    forward, micro_batch = fit(model, cfg, device, autocast)
+    if world > batch_at(0, cfg):
+        fail(f"{world} processes: expected at most one for each of {batch_at(0, cfg)} rows")
+    micro_batch = min(cfg.micro_batch, math.ceil(cfg.batch_size / world))
+    forward, micro_batch = fit(model, cfg, micro_batch, device, autocast)
     draws = seq_len + mask_counts(cfg, seq_len)[2]  # numbers that mask_rows uses up for each row
 
     log_path = path.with_name("log.csv") if rank == 0 else Path(os.devnull)

@@ -1019,7 +1019,7 @@ def test_a_file_gets_few_plain_lines(tmp_path, data):
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
-    model, cfg = small_model(micro_batch=64, batch_size=64)
+    model, cfg = small_model()
     real, sizes = cram.Model.forward, []
 
     def little_memory(self, tokens, *others):
@@ -1033,10 +1033,10 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(shape, dtype=dtype))
     autocast = torch.autocast("cpu", enabled=False)
     cfg.compile, limit = False, 20
-    assert cram.fit(model, cfg, gpu, autocast)[1] == 16
+    assert cram.fit(model, cfg, 64, gpu, autocast)[1] == 16
     assert sizes == [64, 32, 16] and all(p.grad is None for p in model.parameters())
     limit = 0
-    assert "choose a smaller --size" in message(cram.fit, model, cfg, gpu, autocast)
+    assert "choose a smaller --size" in message(cram.fit, model, cfg, 64, gpu, autocast)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
@@ -1058,8 +1058,10 @@ def test_without_a_compiler_a_run_goes_on_uncompiled(tmp_path, data):
     assert len(warnings) == 1 and "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_compiled_run_learns_like_one_that_is_not(tmp_path, data):
-    flags = ["--recipe", "cram", "--layers", "1", "--batch_size", "24"]
+def test_a_compiled_run_learns_like_one_that_is_not(tmp_path, data, monkeypatch):
+    """And compiles few graphs for the 12 sizes of its batch: at 9 torch would give up."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    flags = ["--recipe", "cram", "--layers", 1, "--batch_size", 96, "--micro_batch", 96]
     losses = []
     for compile in ("false", "true"):
         out = run_cram(data, tmp_path / compile, "20steps", *flags, "--compile", compile)

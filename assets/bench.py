@@ -64,7 +64,7 @@ def bench(given):
     optimizers = cram.make_optimizers(model, cfg, dtype).values()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     autocast = torch.autocast(device.type, cram.DTYPES[dtype], enabled=dtype != "fp32")
-    forward, rows = cram.fit(model, cfg, device, autocast)
+    forward, rows = cram.fit(model, cfg, cfg.micro_batch, device, autocast)
 
     rng = np.random.default_rng(0)
     text = rng.integers(0, VOCAB_SIZE - len(cram.SPECIALS), (rows, SEQ_LEN)).astype(np.uint16)
