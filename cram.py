@@ -68,7 +68,6 @@ class Config:  # auto: chosen by make_config and plan, from machine, recipe, siz
     norm_bias: bool = False  # biases in LayerNorm; the embedding's then has a weight too
     zero_init: bool = True  # output matrices of attention and feed-forward start at 0
     neighbours: bool = True  # a learnt bias of q and k: rotary heads start out at a neighbour
-    copying: bool = True  # and in models of 4 or more blocks two heads start out copying
     unigram_bias: bool = True  # the decoder starts out knowing how frequent each token is
     dropout: float = 0.0
     shallow: float = "auto"  # share of budget with 1/4, then 1/2 of the blocks; auto: 0.8 or 0
@@ -161,8 +160,10 @@ def make_config(given):
     fill_in(cfg, heads=max(1, cfg.width // 64), ffn_width=4 * cfg.width)
     fill_in(cfg, lr=LR_AT_BASE[cfg.recipe] * (768 / cfg.width) ** 0.75)
     cfg.neighbours = cfg.neighbours and cfg.positions == "rotary"  # it takes a rotation
-    if cfg.width % (2 * cfg.heads) or cfg.ffn_width % 2:
-        fail(f"width {cfg.width}, ffn_width {cfg.ffn_width}: want multiples of {2 * cfg.heads}, 2")
+    if cfg.width % (2 * cfg.heads):
+        fail(f"width is {cfg.width}: expected a multiple of {2 * cfg.heads}, twice the heads")
+    if cfg.ffn_width % 2:
+        fail(f"ffn_width is {cfg.ffn_width}: expected an even number, for the gate halves it")
     return cfg
 
 
@@ -281,25 +282,6 @@ def neighbour_bias(cfg, layer, rotation):
     return bias
 
 
-@torch.no_grad()
-def start_copying(cfg, embedding, first, second):
-    """Two heads of the first block note in x which token stands left (or right) of each. Two of the
-    second look for an equal note: what stands there may be what is hidden here (Olsson 2022)."""
-    size = cfg.width // cfg.heads
-    n = size // 4 * 2  # numbers in a note: half a head, and even, to fill whole pairs of rotate
-    compared = second.qkv.weight.view(3, cfg.heads, size, cfg.width)[:2]  # the rows of q and of k
-    slow = torch.arange(size).view(2, -1)[:, size // 2 - n // 2 :].flatten()  # the slowest pairs
-    for head in range(min(2, cfg.heads // 2)):  # 0: left, 1: right; of 2 or 3 heads only 0
-        first.qk_bias[:, head] *= 4  # scores 16 times as large: it looks at its neighbour alone
-        place = torch.arange(head * n, head * n + n)  # of the note in x
-        embedding.weight[:, place] = 0  # nothing else is there
-        spread = 0.02 * cfg.width**0.5  # of the numbers in v, which become 2 in a note
-        first.attn_out.weight[place, head * size + torch.arange(n)] = 2 / spread
-        compared[:, head] = 0
-        compared[:, head, slow, place] = 2.0  # q and k are twice the note: equal ones score most
-        second.qk_bias[1, head] = -second.qk_bias[0, head]  # less at itself, whose note is equal
-
-
 class Block(nn.Module):
     """A transformer block: attention over all positions, then a feed-forward network [4.2]."""
 
@@ -398,8 +380,6 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 1 and name.endswith("bias"):  # qk_bias has four dimensions and stays
                 nn.init.zeros_(p)
-        if cfg.copying and cfg.neighbours and cfg.layers >= 4 and cfg.width // cfg.heads >= 32:
-            start_copying(cfg, self.embedding, *self.blocks[:2])
 
     def encode(self, tokens, mask=None, depth=None, where=None):
         """tokens (B, S) -> (B, S, W) or, at `where`, (B, K, W); mask (B, S): false at padding."""
@@ -446,7 +426,9 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         used = [p for p in group["params"] if p.grad is not None]  # later blocks have none
         for p in used:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if p not in self.state:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 0.05)
             ahead = p.grad.lerp(momentum, 0.95)  # Nesterov's momentum
             scale = max(1, p.shape[0] / p.shape[1]) ** 0.5  # an output moves as far in any shape
@@ -653,6 +635,7 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code
         if state["format"] != FORMAT:
             raise ValueError
+        state["config"].pop("copying", None)  # older runs have it: a way to start some heads
     except Exception as error:  # a damaged file raises all kinds
         fail(f"{path} is damaged, or not from this version of cram.py ({type(error).__name__})")
     return state
@@ -668,14 +651,16 @@ def save_checkpoint(path, cfg, run, meta, parts):
 
 def begin(given):
     """(Config, None) of a new run, or (Config, state) of the run in --out that is resumed."""
-    out = given.get("out", Config.out).removesuffix("/checkpoint.pt")
+    out = Path(given.get("out", Config.out))
+    if out.name == "checkpoint.pt":  # its folder is meant
+        out = out.parent
     if not given.get("resume"):
-        taken = [name for name in ("checkpoint.pt", "log.csv") if (Path(out) / name).exists()]
+        taken = [name for name in ("checkpoint.pt", "log.csv") if (out / name).exists()]
         if taken and not given.get("overwrite"):
             fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
-        return make_config(given | {"out": out}), None
+        return make_config(given | {"out": str(out)}), None
     state = load_checkpoint(out)
-    saved = {"copying": False} | state["config"] | {"out": out}  # older runs; the folder may move
+    saved = state["config"] | {"out": str(out)}  # the folder may have moved
     may_change = {"data", "resume", "device", "dtype", "compile", "micro_batch"}
     for name in given.keys() - may_change - {"out"}:
         if given[name] not in (saved[name], "auto"):
@@ -775,7 +760,8 @@ def train(given):
     parts = {"model": model, "scaler": scaler, **optimizers}
     if state:
         for name, part in parts.items():
-            part.load_state_dict(state[name] or part.state_dict())  # fp16's scaler may be new
+            if state[name]:  # empty: the scaler, if the run was not in fp16 before
+                part.load_state_dict(state[name])
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     (machine_rate,) = agree([matmul_rate(device, dtype) * world], world)  # FLOP/s
     plan(cfg, amount, unit, model, machine_rate)
@@ -789,7 +775,8 @@ def train(given):
     mode = "w" if cfg.overwrite or rank else "x"  # x: of two that start at once one fails
     log = open(log_path, "a" if state else mode, buffering=1)
     if log.tell() > run.log_size:  # rows from after the save
-        log.seek(log.truncate(run.log_size))
+        log.truncate(run.log_size)
+        log.seek(run.log_size)
     before = replace(run)  # at the last row of the log; after a resume, at the save
     saved_at = run.seconds
     signals = []  # that asked to stop: Ctrl-C, kill, a terminal or a pipe that has gone
@@ -807,7 +794,8 @@ def train(given):
         # It is saved before what is due counts as done, so a resumed run does that again.
         run.seconds = time.monotonic() - start
         spent = {"seconds": run.seconds, "steps": run.step, "tokens": run.reads * seq_len}
-        p = min(1.0, spent.get(unit, run.flops) / amount)
+        spent["flops"] = run.flops
+        p = min(1.0, spent[unit] / amount)
         p, stop = agree([p, max(signals, default=0)], world)
         run.progress = p
         depth = depth_at(p, cfg)

@@ -601,21 +601,15 @@ def test_model_equals_a_float64_recomputation(settings, dropout, monkeypatch):
     assert (got - expected[where]).abs().max() < 1e-5  # the position table itself is float32
 
 
-def test_heads_start_out_at_a_neighbour_and_copying():
-    """At -1, 1, -2, 2 ...; but where a text comes twice two of the second block look at its copy."""
-    model, cfg = small_model(8192, 80, layers=4, width=256, heads=4)
-    tokens = torch.randint(0, 8000, (40,)).repeat(2)
-    tokens[[21, 29, 50, 60, 70]] = torch.tensor([1, 2, 8191, 8191, 8191])  # 20, 30: one is other
-    looks, no_dropout = [], repeat(torch.ones(1))
-    reference_logits(model.double().state_dict(), tokens, cfg, no_dropout, looks)
-    found = looks[1][:2, [50, 60, 70]].argmax(2) == torch.tensor([10, 20, 30])
-    assert found.tolist() == [[True, True, False], [True, False, True]]  # head 0: left, 1: right
+def test_heads_start_out_at_a_neighbour():
+    model, cfg = small_model(seq_len=20, layers=4, width=256, heads=4)
     for block in model.blocks:
-        torch.nn.init.zeros_(block.qkv.weight)  # the others do so whatever the tokens are
-    reference_logits(model.state_dict(), tokens[:20], cfg, no_dropout, looks)
-    others = torch.cat(looks[4:])[[*range(4), *range(6, 16)], 10]
-    assert (others.argmax(1) - 10).tolist() == [-1, 1, -2, 2, -4, 4, -1, 1, -2, 2, -3, 3, -4, 4]
-    assert (others.amax(1) > 0.35).all()  # a start, not a rule
+        torch.nn.init.zeros_(block.qkv.weight)  # what the tokens add
+    looks, tokens = [], torch.randint(0, 46, (20,))
+    reference_logits(model.double().state_dict(), tokens, cfg, repeat(torch.ones(1)), looks)
+    heads = torch.cat(looks)[:, 10]  # of all blocks, from position 10
+    assert (heads.argmax(1) - 10).tolist() == [-1, 1, -2, 2, -3, 3, -4, 4] * 2
+    assert (heads.amax(1) > 0.35).all()  # a start, not a rule
 
 
 @pytest.mark.parametrize("recipe", ["bert", "cram", "modern"])
@@ -921,6 +915,13 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data, name, code):
     assert given == {"resume": True, "out": str(out)}
 
 
+def test_a_checkpoint_of_when_heads_started_out_copying_still_opens(tmp_path, trained):
+    state = cram.load_checkpoint(trained)
+    old = state | {"config": state["config"] | {"copying": True}}
+    torch.save(old, tmp_path / "old.pt")
+    assert cram.load_model(tmp_path / "old.pt")[2]["config"] == state["config"]
+
+
 def test_another_micro_batch_at_a_resume_changes_nothing_else(tmp_path, data, monkeypatch):
     flags = ["--recipe", "cram", "--batch_size", "32"]
     whole = run_cram(data, tmp_path / "whole", "40steps", *flags)
@@ -1097,7 +1098,7 @@ MISTAKES = [
     ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
     ("--budget 5", "budget '5' is not understood: expected one like 90s"),
     ("--budget 1e308h", "budget '1e308h' is not understood"),
-    ("--width 33", "width 33, ffn_width 132: want multiples of 2, 2"),
+    ("--width 33", "width is 33: expected a multiple of 2, twice the heads"),
     ("--device tpu", "device 'tpu' cannot be used here"),
     ("--data nowhere", "nowhere is no folder made by"),
     ("--resume --out nowhere", "nowhere/checkpoint.pt does not exist: train first"),
