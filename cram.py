@@ -837,7 +837,8 @@ def train(given):
         take_step(run, loss, lr_at(p, cfg), model, optimizers.values(), scaler, cfg)
 
     if stop:
-        again = f"python cram.py --resume --out {shlex.quote(cfg.out)}"
+        program = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+        again = f"{program} cram.py --resume --out {shlex.quote(cfg.out)}"
         say(f"stopped at step {run.step}, {p:.1%} of the budget; go on with: {again}")
         raise SystemExit(128 + stop)
     if rank == 0:

@@ -917,8 +917,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data, name, code):
 
 def test_a_checkpoint_of_when_heads_started_out_copying_still_opens(tmp_path, trained):
     state = cram.load_checkpoint(trained)
-    old = state | {"config": state["config"] | {"copying": True}}
-    torch.save(old, tmp_path / "old.pt")
+    torch.save(state | {"config": state["config"] | {"copying": True}}, tmp_path / "old.pt")
     assert cram.load_model(tmp_path / "old.pt")[2]["config"] == state["config"]
 
 
