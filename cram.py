@@ -530,7 +530,7 @@ def choose_device(cfg):
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     except Exception:  # each build of torch has its own way to say so
-        fail(f"device {cfg.device!r} cannot be used here: try cuda, mps, cpu, fewer processes")
+        fail(f"device {cfg.device!r} cannot be used here: try cuda, mps, cpu or fewer processes")
     if cfg.dtype != "auto":
         return device, cfg.dtype
     if device.type == "cuda":

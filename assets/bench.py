@@ -59,7 +59,6 @@ def bench(given):
     device, dtype = cram.choose_device(cfg)
     if device.type == "cpu" and "micro_batch" not in given:
         cfg.micro_batch = 32
-    cfg.batch_size = cfg.micro_batch
     model = cram.Model(cfg, VOCAB_SIZE, SEQ_LEN).to(device)
     optimizers = cram.make_optimizers(model, cfg, dtype).values()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")

@@ -56,7 +56,7 @@ def find_logs(out):
         return [out]
     if (out / "log.csv").exists():
         return [out / "log.csv"]
-    return sorted(path for path in out.rglob("*.csv") if read_log(path))
+    return sorted(out.rglob("*.csv"))
 
 
 def losses(rows, column, ask):
@@ -144,7 +144,7 @@ def log_grid(low, high):
     """Round numbers from low to high; the two ends if there are none, never an axis without."""
     found = [x for x in ROUND if low <= x <= high]
     if len(found) > 13:  # labels would touch: one a decade
-        found = [x for x in found if x in TENS]
+        found = [x for x in TENS if low <= x <= high]
     return found or [low, high]
 
 
@@ -213,8 +213,9 @@ def plot(outs, ask):
     levels = {ask.unigram} - {0.0}  # of the unigram lines: one for each text among the runs
     for number, out in enumerate(outs):
         colour = COLOURS[number % len(COLOURS)]
-        paths = find_logs(out)
-        rows = [row for path in paths for row in read_log(path)]
+        logs = {path: read_log(path) for path in find_logs(out)}
+        paths = [path for path in logs if logs[path]]  # the others are no logs
+        rows = [row for path in paths for row in logs[path]]
         training = losses(rows, "train_loss", ask)
         validation = losses(rows, "val_loss", ask)
         if not training + validation:
