@@ -270,8 +270,11 @@ def rotate(x, rotation):
 
 
 def neighbour_bias(cfg, layer, rotation):
-    """(2, heads, 1, D): what a block starts out adding to q and k, before they are turned. A score
-    is largest where both end at one angle: so k turned ahead by d positions looks d to the left."""
+    """(2, heads, 1, D): what a block starts out adding to q and k, before they are rotated.
+
+    The rotation turns one vector, added to both, by i at q's position and by j at k's. Their score
+    is largest where the angles agree, at j = i. With k's turned by d beforehand, at j + d = i: then
+    the head looks d positions to the left."""
     bias = torch.zeros(2, cfg.heads, 1, cfg.width // cfg.heads)
     bias[..., :8] = 2.0  # (2, 0) in the 8 fastest pairs, which tell neighbours apart
     for i in range(cfg.heads):
@@ -501,10 +504,11 @@ def depth_at(p, cfg):
 
 def plan(cfg, amount, unit, model, machine_rate):
     """Chooses batch_size and shallow, where auto, by the tokens that the budget will buy."""
-    tokens = amount  # so it is if counted in tokens; for steps it is not used
     if unit == "steps":
-        fill_in(cfg, batch_size=32)  # the tokens follow from it
-    elif unit != "tokens":  # seconds at an MFU of 30%: that is near enough
+        fill_in(cfg, batch_size=32, shallow=0.0)  # the tokens follow from it
+        return
+    tokens = amount
+    if unit != "tokens":  # flops, or seconds at an MFU of 30%: that is near enough
         flops = amount * 0.3 * machine_rate if unit == "seconds" else amount
         tokens = flops / model.flops_per_token()
         weights = sum(p.numel() for p in model.blocks.parameters())
@@ -624,11 +628,17 @@ def write_whole(path, write):
         raise OSError(f"{path} could not be written ({error.__context__ or error})") from error
 
 
-def load_checkpoint(folder):
-    """What train saved in `folder` (the file itself will do too): plain types and tensors."""
+def checkpoint_path(folder):
+    """The file that train saved in `folder`; the file itself will do too."""
     path = Path(folder)
-    if path.is_dir() or path.suffix != ".pt":
-        path = path / "checkpoint.pt"
+    if path.suffix == ".pt" and not path.is_dir():
+        return path
+    return path / "checkpoint.pt"
+
+
+def load_checkpoint(folder):
+    """What train saved in `folder`, or in that file: plain types and tensors."""
+    path = checkpoint_path(folder)
     if not path.exists():
         fail(f"{path} does not exist: train first, with --overwrite if log.csv is there")
     try:

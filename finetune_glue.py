@@ -477,10 +477,8 @@ def score_all(options, file):
 
 def main(argv):
     options = Options(**cram.parse_flags(Options, argv, __doc__, {"lr": (1e-9, 10)}))
-    # Where the weights, or the shape of random ones, come from: a folder, or the file itself.
-    file = Path(options.like if options.checkpoint == "none" else options.checkpoint)
-    if file.is_dir() or file.suffix != ".pt":
-        file = file / "checkpoint.pt"
+    source = options.like if options.checkpoint == "none" else options.checkpoint
+    file = cram.checkpoint_path(source)
     again = shlex.join(["python", "finetune_glue.py", *argv])
     rest = f"finished runs are kept in {file.parent / 'glue'}, and this goes on from there: {again}"
     # A kill, or a terminal that goes away, ends as Ctrl-C does; but not under nohup.
@@ -492,6 +490,8 @@ def main(argv):
     except KeyboardInterrupt:
         say(f"stopped: {rest}")
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: try a smaller --batch_size; {rest}")
     except OSError as error:  # no network, a full disk, a folder that is read-only
         fail(f"{error}; {rest}")
 
