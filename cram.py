@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +187,8 @@ def say(text="", end="\n"):
 
 def show(text):
     """Shows a line that the next one replaces, on a terminal; nothing in a file."""
-    if os.isatty(1):
-        say(text[: os.get_terminal_size().columns - 1], end="")
+    if os.isatty(1):  # Windows says so of NUL, too, which has no width
+        say(text[: shutil.get_terminal_size().columns - 1], end="")
 
 
 # ---- Text, tokens, rows --------------------------------------------------------------------------
@@ -270,11 +271,9 @@ def rotate(x, rotation):
 
 
 def neighbour_bias(cfg, layer, rotation):
-    """(2, heads, 1, D): what a block starts out adding to q and k, before they are rotated.
-
-    The rotation turns one vector, added to both, by i at q's position and by j at k's. Their score
-    is largest where the angles agree, at j = i. With k's turned by d beforehand, at j + d = i: then
-    the head looks d positions to the left."""
+    """(2, heads, 1, D): what a block starts out adding to q and k, before they are rotated. That
+    turns q's by its position i and k's by j: the score is largest where the angles agree, at j = i.
+    With k's turned by d beforehand it is at j + d = i: so the head looks d to the left."""
     bias = torch.zeros(2, cfg.heads, 1, cfg.width // cfg.heads)
     bias[..., :8] = 2.0  # (2, 0) in the 8 fastest pairs, which tell neighbours apart
     for i in range(cfg.heads):
@@ -568,6 +567,7 @@ def fit(model, cfg, rows, device, autocast):
             if rows == 1:
                 fail("one row does not fit into the memory of this device: choose a smaller --size")
             rows //= 2
+            torch.compiler.reset()  # or a second shape makes a slower graph, for any
         except Exception as error:  # the compilers behind torch.compile raise all kinds
             if forward is model:
                 raise
@@ -647,7 +647,7 @@ def load_checkpoint(folder):
             raise ValueError
         state["config"].pop("copying", None)  # older runs have it: a way to start some heads
     except Exception as error:  # a damaged file raises all kinds
-        fail(f"{path} is damaged, or not from this version of cram.py ({type(error).__name__})")
+        fail(f"{path} is damaged, locked, or not from this version ({type(error).__name__})")
     return state
 
 
@@ -802,7 +802,8 @@ def train(given):
     while True:
         # Look: save, evaluate, log. What is due follows from numbers that the checkpoint keeps.
         # It is saved before what is due counts as done, so a resumed run does that again.
-        run.seconds = time.monotonic() - start
+        if run.progress < 1:  # else the run had finished before it was resumed
+            run.seconds = time.monotonic() - start
         spent = {"seconds": run.seconds, "steps": run.step, "tokens": run.reads * seq_len}
         spent["flops"] = run.flops
         p = min(1.0, spent[unit] / amount)

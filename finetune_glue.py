@@ -491,7 +491,7 @@ def main(argv):
         say(f"stopped: {rest}")
         raise SystemExit(130) from None
     except torch.OutOfMemoryError:
-        fail(f"out of memory: try a smaller --batch_size; {rest}")
+        fail(f"out of memory: free some, or begin anew with a smaller --batch_size; {rest}")
     except OSError as error:  # no network, a full disk, a folder that is read-only
         fail(f"{error}; {rest}")
 
