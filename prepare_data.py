@@ -4,8 +4,7 @@
     python prepare_data.py --source texts/ a.jsonl --out data/mine
     python prepare_data.py --source c4 --max_docs 1000000    # the paper's first corpus, downloaded
 
-Counts words in a sample to learn a byte-level BPE; encodes every document; orders the rows. Holds
-a number for each document and two for each row in memory. The paper's budget leaves this work out.
+Three passes: a byte-level BPE learnt on a sample, every document encoded, the rows ordered.
 """
 
 import ast
@@ -23,6 +22,7 @@ import shlex
 import socket
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -271,8 +271,7 @@ def learn_bpe(word_counts, merges):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): 256 bytes, then a token each merge.
 
     word_counts: {ASCII word: occurrences}. Each step joins the most frequent pair of neighbouring
-    tokens, of equals the one with the smallest ids; a pair seen once is not worth a token.
-    """
+    tokens, of equals the one with the smallest ids; a pair seen once is not worth a token."""
     tokens = [bytes([i]) for i in range(256)]
     known = {token: i for i, token in enumerate(tokens)}
     # A word is a string with a character for each token id, so that str.replace joins a pair.
@@ -407,8 +406,7 @@ def prepare(options, folder):
     fates = ", ".join(f"{number} {fate}" for fate, number in seen.items())
     say(f"{'pieces    ' if cut else 'documents '} {fates}")
 
-    # Rows of tokens, and how often each token occurs in them.
-    rows, counts = {}, {}
+    rows, counts = {}, {}  # of each split: rows of tokens, how often each token occurs in them
     for split in ("train", "val"):
         path = folder / f"{split}.part"
         number = path.stat().st_size // 2 // options.seq_len  # the last, short row is dropped
@@ -507,8 +505,10 @@ def main(argv):
         try:
             prepare(options, part)
             os.rename(part, Path(options.out).resolve())  # from here on it is there, and whole
-        finally:
-            remove(part)  # what a mistake, Ctrl-C or a full disk has left
+        finally:  # after a mistake, Ctrl-C or a full disk
+            if sys.exception():  # its frames hold maps: Windows deletes no file that is mapped
+                traceback.clear_frames(sys.exception().__traceback__)
+            remove(part)
     except OSError as error:
         fail(f"{error}: nothing was written to {options.out}; choose another --out, or free space")
     except KeyboardInterrupt:
